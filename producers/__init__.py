@@ -1,0 +1,1 @@
+"""Start Airflow DAG runs from any Python service: `trigger_dag.delay("daily_sales", conf={...})`."""

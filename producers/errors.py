@@ -1,0 +1,306 @@
+"""What can go wrong, as a caller sees it.
+
+One class for each decision that a caller takes. Each says what happened and what to do next, and
+survives the trip through Redis: every argument is positional and JSON, so that `Handle.get()` raises
+the very class that the worker raised.
+
+::
+
+    DagrelayError
+    ├── ConfigurationError        a setting is missing or wrong: mend the environment
+    ├── InvalidRequest            the request is wrong by its form: mend the call
+    │   └── ConnectionNotConfigured   it names an Airflow that the worker does not know
+    ├── NotSupportedYet           this release declares it and cannot do it yet
+    ├── BrokerUnavailable         Redis did not take it, or did not say: send again with the same key
+    ├── ResultError
+    │   ├── ResultNotReady        not ended within the timeout of `.get()`: ask again
+    │   ├── ResultExpired         ended, and its result is no longer kept: see `dagrelay status`
+    │   └── RequestUnknown        no such id was ever accepted here, or its record is gone
+    ├── RequestCancelled          somebody cancelled it, or it expired before it could start
+    ├── TaskFailed                it failed in a way that this release has no class for
+    └── AirflowError
+        ├── AirflowUnavailable    no usable answer: retried; it ends a request as GaveUp at the earliest
+        ├── CredentialsRefused    the connection is wrong, not the request: the connection is held
+        ├── RequestRejected       Airflow refused it for good, in its own words
+        │   ├── DagNotFound       no such DAG, for longer than a redeploy takes
+        │   └── DagBroken         the DAG's file has import errors, for longer than a redeploy takes
+        ├── RunConflict           the run id is taken by a run with another conf or logical date
+        ├── RunExists             the run exists, and the request said if_exists="fail"
+        ├── LogicalDateTaken      another run of the DAG has this logical date
+        ├── GaveUp                give_up_after_s passed, and no run was made
+        └── OutcomeUnknown        give_up_after_s passed after an answer was lost: a run may exist
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class DagrelayError(Exception):
+    """The root of everything that Dagrelay raises on purpose."""
+
+
+class ConfigurationError(DagrelayError):
+    """One or more settings are missing or wrong. Names every one of them, and no secret."""
+
+    def __init__(self, *mistakes: str) -> None:
+        super().__init__(*mistakes)
+        self.mistakes = mistakes
+
+    def __str__(self) -> str:
+        return "configuration: " + "; ".join(self.mistakes)
+
+
+class InvalidRequest(DagrelayError, ValueError):
+    """The request is wrong by its form; nothing was sent. The text names the argument and says what to do."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+class ConnectionNotConfigured(InvalidRequest):
+    """The request names an Airflow connection that the worker does not have."""
+
+    def __init__(self, connection: str) -> None:
+        super().__init__(connection)
+        self.connection = connection
+
+    def __str__(self) -> str:
+        return (
+            f"connection {self.connection!r} is not configured in the worker: "
+            f"set AIRFLOW_CONN_{self.connection.upper()} there, or name another connection"
+        )
+
+
+class NotSupportedYet(DagrelayError):
+    """This release declares the feature and cannot do it yet. Nothing was sent."""
+
+
+class BrokerUnavailable(DagrelayError):
+    """Redis did not take the request, or did not say whether it did.
+
+    Whether it was accepted is then unknown: send it again with the same `key`, and there is still one run.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return (
+            f"Redis is unavailable: {self.reason}; send again with the same key, and there is still one run"
+        )
+
+
+class ResultError(DagrelayError):
+    """The outcome cannot be told. This says nothing about the request itself."""
+
+
+class ResultNotReady(ResultError, TimeoutError):
+    """The request has not ended within the timeout. It goes on; ask again."""
+
+    def __init__(self, task_id: str, state: str) -> None:
+        super().__init__(task_id, state)
+        self.task_id, self.state = task_id, state
+
+    def __str__(self) -> str:
+        return f"task {self.task_id} has not ended yet (state: {self.state}); it goes on, ask again"
+
+
+class ResultExpired(ResultError):
+    """The request ended, and its result is no longer kept; the record still tells how it ended."""
+
+    def __init__(self, task_id: str, end: str, reason: str = "") -> None:
+        super().__init__(task_id, end, reason)
+        self.task_id, self.end, self.reason = task_id, end, reason
+
+    def __str__(self) -> str:
+        because = f" ({self.reason})" if self.reason else ""
+        return f"the result of task {self.task_id} is no longer kept; it ended as {self.end}{because}"
+
+
+class RequestUnknown(ResultError):
+    """No request with this id is on record: never accepted here, or ended longer ago than records are kept."""
+
+    def __init__(self, task_id: str) -> None:
+        super().__init__(task_id)
+        self.task_id = task_id
+
+    def __str__(self) -> str:
+        return (
+            f"no request with the id {self.task_id} is on record: it was never accepted by this Redis, "
+            "or it ended longer ago than records are kept"
+        )
+
+
+class RequestCancelled(DagrelayError):
+    """The request was cancelled (revoked), or expired before a worker could start it."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"cancelled: {self.reason}"
+
+
+class TaskFailed(DagrelayError):
+    """The worker failed in a way that this release of the library has no class for."""
+
+    def __init__(self, kind: str, words: str) -> None:
+        super().__init__(kind, words)
+        self.kind, self.words = kind, words
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.words}"
+
+
+class AirflowError(DagrelayError):
+    """Airflow, or the way to it, is the cause."""
+
+
+class AirflowUnavailable(AirflowError):
+    """Airflow did not answer, or asked us to come back later (429, 5xx), or somebody else answered. Retried.
+
+    `unsure` is true when the request may have reached Airflow: then a run may exist, or come to exist.
+    """
+
+    def __init__(self, reason: str, retry_after_s: float | None = None, unsure: bool = True) -> None:
+        super().__init__(reason, retry_after_s, unsure)
+        self.reason, self.retry_after_s, self.unsure = reason, retry_after_s, unsure
+
+    def __str__(self) -> str:
+        return f"Airflow unavailable: {self.reason}"
+
+
+class CredentialsRefused(AirflowError):
+    """Airflow refuses the connection's user, password or token. The connection is held; requests wait."""
+
+    def __init__(self, connection: str, words: str) -> None:
+        super().__init__(connection, words)
+        self.connection, self.words = connection, words
+
+    def __str__(self) -> str:
+        return f"Airflow refuses the credentials of connection {self.connection!r}: {self.words}"
+
+
+class RequestRejected(AirflowError):
+    """Airflow refused the request for good. `words` are Airflow's own, without what they echo of the conf."""
+
+    def __init__(self, status: int, words: str) -> None:
+        super().__init__(status, words)
+        self.status, self.words = status, words
+
+    def __str__(self) -> str:
+        return f"Airflow rejected the request ({self.status}): {self.words}"
+
+
+class DagNotFound(RequestRejected):
+    """Airflow does not know the DAG, for longer than a redeploy takes."""
+
+    def __init__(self, dag_id: str, words: str) -> None:
+        super().__init__(404, words)
+        self.args = (dag_id, words)
+        self.dag_id = dag_id
+
+    def __str__(self) -> str:
+        return f"Airflow has no DAG {self.dag_id!r}: {self.words}"
+
+
+class DagBroken(RequestRejected):
+    """The DAG's file has import errors, for longer than a redeploy takes."""
+
+    def __init__(self, dag_id: str, words: str) -> None:
+        super().__init__(400, words)
+        self.args = (dag_id, words)
+        self.dag_id = dag_id
+
+    def __str__(self) -> str:
+        return f"the file of DAG {self.dag_id!r} cannot be imported by Airflow: {self.words}"
+
+
+class RunConflict(AirflowError):
+    """The run id is taken by a run that differs: the same key was used for two different requests."""
+
+    def __init__(self, dag_id: str, dag_run_id: str, difference: str) -> None:
+        super().__init__(dag_id, dag_run_id, difference)
+        self.dag_id, self.dag_run_id, self.difference = dag_id, dag_run_id, difference
+
+    def __str__(self) -> str:
+        return (
+            f"run {self.dag_run_id!r} of DAG {self.dag_id!r} exists with {self.difference}: "
+            "use another key (or dag_run_id) for a different request"
+        )
+
+
+class RunExists(AirflowError):
+    """The run exists already, and the request said if_exists="fail"."""
+
+    def __init__(self, dag_id: str, dag_run_id: str, state: str) -> None:
+        super().__init__(dag_id, dag_run_id, state)
+        self.dag_id, self.dag_run_id, self.state = dag_id, dag_run_id, state
+
+    def __str__(self) -> str:
+        return f"run {self.dag_run_id!r} of DAG {self.dag_id!r} exists already (state: {self.state})"
+
+
+class LogicalDateTaken(AirflowError):
+    """Another run of the DAG has the requested logical date; Airflow allows one run for each."""
+
+    def __init__(self, dag_id: str, logical_date: str, taken_by: str = "") -> None:
+        super().__init__(dag_id, logical_date, taken_by)
+        self.dag_id, self.logical_date, self.taken_by = dag_id, logical_date, taken_by
+
+    def __str__(self) -> str:
+        by = f" by run {self.taken_by!r}" if self.taken_by else ""
+        return (
+            f"logical date {self.logical_date} of DAG {self.dag_id!r} is taken{by}: "
+            "name another date, or none"
+        )
+
+
+class GaveUp(AirflowError):
+    """`give_up_after_s` passed, and no run was made: no attempt can have reached Airflow."""
+
+    def __init__(self, after_s: float, reason: str) -> None:
+        super().__init__(after_s, reason)
+        self.after_s, self.reason = after_s, reason
+
+    def __str__(self) -> str:
+        return f"gave up after {self.after_s:.0f} s, no run was made: {self.reason}"
+
+
+class OutcomeUnknown(AirflowError):
+    """`give_up_after_s` passed after an answer was lost: the run was not there, and may still come to be.
+
+    It is looked up for 15 minutes more; if it is found, the record and the result are corrected.
+    """
+
+    def __init__(self, dag_id: str, dag_run_id: str, reason: str) -> None:
+        super().__init__(dag_id, dag_run_id, reason)
+        self.dag_id, self.dag_run_id, self.reason = dag_id, dag_run_id, reason
+
+    def __str__(self) -> str:
+        return (
+            f"whether run {self.dag_run_id!r} of DAG {self.dag_id!r} exists is unknown: {self.reason}; "
+            "send again with the same key, and there is still one run"
+        )
+
+
+def error_from(kind: str, arguments: list[Any]) -> DagrelayError:
+    """Return the error that a worker raised, from its class name and its arguments as Redis keeps them.
+
+    What this release does not know becomes `TaskFailed`. Raises nothing: a result that cannot be read
+    must not hide that the request failed.
+    """
+    known = globals().get(kind)
+    if isinstance(known, type) and issubclass(known, DagrelayError):
+        try:
+            return known(*arguments)
+        except TypeError:
+            pass  # another release's arguments: its words still reach the caller
+    return TaskFailed(kind, ", ".join(str(argument) for argument in arguments))
