@@ -1,0 +1,194 @@
+"""One child process with everything below it: started, watched, ended; and small helpers around that."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+GUARD = Path(__file__).with_name("guard.py")
+ROOT = Path(__file__).resolve().parent.parent
+"""The repository: where `tasks`, `producers` and `celeryconfig` are importable from."""
+STATE = ROOT / ".local"
+"""Where everything that is made on this machine lies; `make clean` removes it."""
+
+Progress = Callable[[str], None]
+"""Told what is being done now, one short line each."""
+
+# What a child may inherit. Everything else (AIRFLOW__…, CELERY_…, PYTHON…) would change what it does.
+PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "SSL_CERT_FILE")
+
+
+class PartFailed(RuntimeError):
+    """A part did not start, or ended by itself. The text holds the end of its log."""
+
+
+def quiet(_line: str) -> None:
+    """A `Progress` that says nothing."""
+
+
+class Process:
+    """A running command, alone in its session, which cannot outlive this process (see `guard.py`).
+
+    Output goes to `log`, appended. `pid` is the command's own, for SIGSTOP and for reading /proc. `send`,
+    `stop` and `kill` go through the guard, so a pid that was given to somebody else meanwhile is never hit.
+    Raises PartFailed if the command cannot be run at all.
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str | Path],
+        *,
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        user: str | None = None,
+        grace_s: float = 10.0,
+        name: str | None = None,
+    ) -> None:
+        self.argv = [str(part) for part in argv]
+        self.name = name or Path(self.argv[0]).name
+        self.log = log
+        self.grace_s = grace_s
+        log.parent.mkdir(parents=True, exist_ok=True)
+        read_end, write_end = os.pipe()
+        try:
+            with log.open("ab") as output:
+                self._guard = subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-I",
+                        "-S",
+                        str(GUARD),
+                        str(write_end),
+                        str(grace_s),
+                        user or "-",
+                        "--",
+                        *self.argv,
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=None if env is None else dict(env),
+                    cwd=cwd,
+                    pass_fds=(write_end,),
+                    start_new_session=True,
+                )
+        except BaseException:
+            os.close(read_end)
+            raise
+        finally:
+            os.close(write_end)
+        with os.fdopen(read_end) as report:
+            said = report.readline().strip()
+        if not said.isdecimal():
+            self._guard.wait()
+            raise PartFailed(f"{self.name} cannot be run: {said.removeprefix('error ') or 'its guard ended'}")
+        self.pid = int(said)
+
+    def poll(self) -> int | None:
+        """The command's return code, negative for a signal; None while it runs."""
+        code = self._guard.poll()
+        return -(code - 128) if code is not None and code > 128 else code
+
+    @property
+    def alive(self) -> bool:
+        return self._guard.poll() is None
+
+    def wait(self, timeout_s: float | None = None) -> int:
+        """Wait for the end and return the code as `poll` does. Raises TimeoutError."""
+        try:
+            self._guard.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"{self.name} still runs after {timeout_s} s") from None
+        code = self.poll()
+        return 0 if code is None else code
+
+    def send(self, number: int) -> None:
+        """Send TERM, INT or QUIT to the command (not to those it started)."""
+        if self.alive:
+            self._guard.send_signal(number)
+
+    def kill(self) -> int:
+        """SIGKILL the command and everything below it; return when all of it is gone."""
+        self.send(signal.SIGUSR1)
+        return self.wait()
+
+    def stop(self, *, sig: int = signal.SIGTERM, grace_s: float | None = None) -> int:
+        """Ask the command to end, kill it after `grace_s` (as given at start), return its code."""
+        self.send(sig)
+        try:
+            return self.wait(self.grace_s if grace_s is None else grace_s)
+        except TimeoutError:
+            return self.kill()
+
+    def failure(self, what: str) -> PartFailed:
+        """The error that says `what` went wrong and shows the end of the log."""
+        return PartFailed(f"{self.name}: {what}\n--- end of {self.log}\n{tail(self.log)}")
+
+    def wait_until(
+        self, ready: Callable[[], bool], *, timeout_s: float, what: str, every_s: float = 0.05
+    ) -> None:
+        """Call `ready` until it is true. Raises PartFailed if the command ends or the time is over."""
+        deadline = time.monotonic() + timeout_s
+        while not ready():
+            if not self.alive:
+                raise self.failure(f"ended with {self.poll()} before {what}")
+            if time.monotonic() > deadline:
+                raise self.failure(f"not {what} after {timeout_s:g} s")
+            time.sleep(every_s)
+
+
+def tail(path: Path, lines: int = 30) -> str:
+    """The last lines of a file; empty if there is none."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 32_768))
+        return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
+    return ""
+
+
+def free_port() -> int:
+    """A TCP port on loopback that nobody listens on.
+
+    From below the range that Linux hands to outgoing connections (32768 up), so that none of those takes it
+    between this call and the bind; at random, so that two stacks that start together rarely meet.
+    """
+    for _ in range(200):
+        port = random.randint(20_000, 32_000)  # noqa: S311 - no secret
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise PartFailed("no free TCP port between 20000 and 32000 on 127.0.0.1")
+
+
+def port_open(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether somebody accepts connections there."""
+    try:
+        with socket.create_connection((host, port), timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+def clean_env(**extra: str) -> dict[str, str]:
+    """The environment for a child: only what is harmless of ours, and `extra`."""
+    return {name: os.environ[name] for name in PASSED_ON if name in os.environ} | extra
+
+
+def secret_file(path: Path, content: str) -> None:
+    """Write a file that only its owner can read, never readable by others even for a moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(content)
+    new.replace(path)
