@@ -1,0 +1,1 @@
+"""Promises of Dagrelay, each with tests that try to break it."""
