@@ -1,6 +1,6 @@
 """Run one command, and leave none of its descendants behind, whatever happens to whoever asked for it.
 
-    python -I -S guard.py REPORT_FD GRACE_S USER -- COMMAND...
+    python -I -S guard.py REPORT_FD STOP_SIGNAL GRACE_S USER -- COMMAND...
 
 A script, not a module: it starts in about 20 ms because it imports almost nothing. Between the asking
 process and the command it stands for three reasons.
@@ -12,7 +12,7 @@ process and the command it stands for three reasons.
 * PostgreSQL refuses to run as root, so under root the command can be given to another USER ("-": as is).
 
 It writes the command's pid to REPORT_FD, or a line that begins with "error". TERM, INT and QUIT are passed
-on to the command; USR1 kills it. When the asking process disappears: TERM, GRACE_S seconds, then KILL.
+on to the command; USR1 kills it. When the asking process disappears: STOP_SIGNAL, GRACE_S seconds, then KILL.
 Ends with the command's status, or 128 + the number of the signal that ended it.
 """
 
@@ -136,8 +136,13 @@ def end_descendants(main: int) -> None:
 
 
 def main() -> int:
-    report_fd, grace_s, user = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
-    argv = sys.argv[5:]
+    report_fd, stop_signal, grace_s, user = (
+        int(sys.argv[1]),
+        int(sys.argv[2]),
+        float(sys.argv[3]),
+        sys.argv[4],
+    )
+    argv = sys.argv[6:]
     parent = os.getppid()
     os.set_inheritable(report_fd, False)
     wake_read, wake_write = os.pipe()
@@ -166,7 +171,7 @@ def main() -> int:
             wanted = asked.pop(0)
             send(pid, signal.SIGKILL if wanted == signal.SIGUSR1 else wanted)
         if kill_at is None and os.getppid() != parent:
-            send(pid, signal.SIGTERM)
+            send(pid, stop_signal)
             kill_at = time.monotonic() + grace_s
         if kill_at is not None and time.monotonic() > kill_at:
             send(pid, signal.SIGKILL)

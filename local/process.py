@@ -50,24 +50,25 @@ class Process:
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         user: str | None = None,
+        stop_signal: signal.Signals = signal.SIGTERM,
         grace_s: float = 10.0,
         name: str | None = None,
     ) -> None:
         self.argv = [str(part) for part in argv]
         self.name = name or Path(self.argv[0]).name
         self.log = log
+        self.stop_signal = stop_signal
         self.grace_s = grace_s
         log.parent.mkdir(parents=True, exist_ok=True)
+        guard = [sys.executable, "-I", "-S", str(GUARD)]
         read_end, write_end = os.pipe()
         try:
             with log.open("ab") as output:
                 self._guard = subprocess.Popen(
                     [
-                        sys.executable,
-                        "-I",
-                        "-S",
-                        str(GUARD),
+                        *guard,
                         str(write_end),
+                        str(int(stop_signal)),
                         str(grace_s),
                         user or "-",
                         "--",
@@ -121,9 +122,9 @@ class Process:
         self.send(signal.SIGUSR1)
         return self.wait()
 
-    def stop(self, *, sig: int = signal.SIGTERM, grace_s: float | None = None) -> int:
-        """Ask the command to end, kill it after `grace_s` (as given at start), return its code."""
-        self.send(sig)
+    def stop(self, *, grace_s: float | None = None) -> int:
+        """Ask the command to end, kill it after `grace_s` (None: as given at start), return its code."""
+        self.send(self.stop_signal)
         try:
             return self.wait(self.grace_s if grace_s is None else grace_s)
         except TimeoutError:
