@@ -174,7 +174,7 @@ def _conf(value: Any) -> Any:
     if value is None:
         return None
     if not isinstance(value, dict):
-        raise ValueError(f"is of type {type(value).__name__}: a conf is an object (a dict)")
+        raise ValueError(f"is of type {type(value).__name__}: a conf is an object (a dict)")  # noqa: TRY004 - pydantic takes ValueError
     problem = conf_problem(value)
     if problem:
         raise ValueError(problem)
@@ -411,7 +411,7 @@ class Asked:
 
     @classmethod
     def from_message(cls, message: Any, *, otherwise_at: float) -> Asked:
-        """Return the provenance in a message; what is missing or odd becomes its default: it is no reason to fail."""
+        """Return the provenance in a message; what is missing or odd becomes its default, never a failure."""
         given = message if isinstance(message, Mapping) else {}
         at, by, due = given.get("at"), given.get("by"), given.get("due")
         return cls(

@@ -124,7 +124,7 @@ class ResultExpired(ResultError):
 
 
 class RequestUnknown(ResultError):
-    """No request with this id is on record: never accepted here, or ended longer ago than records are kept."""
+    """No request with this id is on record: never accepted here, or ended too long ago."""
 
     def __init__(self, task_id: str) -> None:
         super().__init__(task_id)

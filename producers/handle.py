@@ -1,0 +1,153 @@
+"""What a caller holds of an accepted request: its id, and the way to its outcome."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+from .contract import DagRun
+from .errors import (
+    DagrelayError,
+    RequestCancelled,
+    RequestUnknown,
+    ResultExpired,
+    ResultNotReady,
+    error_from,
+)
+from .stores.records import RESULT_PREFIX, Record
+
+if TYPE_CHECKING:
+    from .client import RelayClient
+
+CHECK_EVERY_S = 1.0
+"""A published result may be missed (Pub/Sub keeps nothing): so it is also looked for, this often."""
+
+NOT_ON_RECORD_S = 5.0
+"""How long `.get()` waits for an id without a record: a request sent through a host's own Celery canvas
+gets its record from the worker."""
+
+
+class Handle:
+    """One accepted request. Touches Redis only when asked for something."""
+
+    __slots__ = ("_client", "_dag_run_id", "id")
+
+    def __init__(self, task_id: str, dag_run_id: str | None, client: RelayClient) -> None:
+        self.id = task_id
+        """The task id: what Flower, the logs and the run's note in Airflow show."""
+        self._dag_run_id = dag_run_id
+        self._client = client
+
+    def __repr__(self) -> str:
+        return f"<Handle {self.id}>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Handle) and other.id == self.id
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    @property
+    def dag_run_id(self) -> str | None:
+        """The id that the run has, or will have, in Airflow; None for an id that is not on record."""
+        if self._dag_run_id is None:
+            found = self.record()
+            self._dag_run_id = found.dag_run_id if found else None
+        return self._dag_run_id
+
+    def record(self) -> Record | None:
+        """Return what is on record of the request, or None. Raises BrokerUnavailable."""
+        return self._client.record(self.id)
+
+    @property
+    def state(self) -> str:
+        """accepted, waiting, done, failed or cancelled; "unknown" for an id that is not on record."""
+        found = self.record()
+        return found.state if found else "unknown"
+
+    def ready(self) -> bool:
+        """Tell whether the request has ended, in whichever way."""
+        found = self.record()
+        return found is not None and found.ended
+
+    def successful(self) -> bool:
+        """Tell whether the request has ended with a run."""
+        return self.state == "done"
+
+    def get(self, timeout: float | None = None) -> DagRun:
+        """Wait for the end and return the run, or raise the error that ended the request.
+
+        `timeout` is in seconds; without it, wait as long as it takes. Raises ResultNotReady after the
+        timeout (the request goes on), ResultExpired when the result is no longer kept, RequestUnknown for
+        an id that was never accepted, BrokerUnavailable when Redis does not answer, and every
+        `AirflowError` of the worker.
+        """
+        from .client import told_as_unavailable
+
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with told_as_unavailable():
+            outcome = self._look()
+            if outcome is not None:
+                return _run_or_raise(outcome)
+            started = time.monotonic()
+            # The subscription stands before the second look, so an end between the two is not missed.
+            with self._client.redis.pubsub(ignore_subscribe_messages=True) as pubsub:
+                pubsub.subscribe(RESULT_PREFIX + self.id)
+                while True:
+                    outcome = self._look()
+                    if outcome is not None:
+                        return _run_or_raise(outcome)
+                    now = time.monotonic()
+                    self._raise_if_hopeless(waited_s=now - started)
+                    left = CHECK_EVERY_S if deadline is None else min(CHECK_EVERY_S, deadline - now)
+                    if left <= 0:
+                        raise ResultNotReady(self.id, self.state)
+                    _wait_for_message(pubsub, left)
+
+    async def aget(self, timeout: float | None = None) -> DagRun:
+        """Do as `get` does, without blocking the event loop."""
+        return await asyncio.to_thread(self.get, timeout)
+
+    def _look(self) -> dict[str, Any] | None:
+        """Return the result as Celery keeps it, if it is an end."""
+        raw = self._client.redis.get(RESULT_PREFIX + self.id)
+        if raw is None:
+            return None
+        found = json.loads(raw)
+        return found if found.get("status") in ("SUCCESS", "FAILURE", "REVOKED") else None
+
+    def _raise_if_hopeless(self, waited_s: float) -> None:
+        """Raise when no result will come: it has expired, or there never was such a request."""
+        found = self._client.records.get(self.id)
+        if found is None:
+            if waited_s >= NOT_ON_RECORD_S:
+                raise RequestUnknown(self.id)
+        elif found.ended and self._look() is None:  # the second look: it may have ended in between
+            raise ResultExpired(self.id, found.state, found.reason or "")
+
+
+def _wait_for_message(pubsub: Any, left_s: float) -> None:
+    """Return when something was published, or after `left_s`."""
+    pubsub.get_message(timeout=left_s)
+
+
+def _run_or_raise(outcome: dict[str, Any]) -> DagRun:
+    """Return the run of a Celery result, or raise the error that it holds."""
+    result = outcome.get("result")
+    if outcome["status"] == "SUCCESS" and isinstance(result, dict):
+        return DagRun.from_message(result)
+    raise outcome_error(outcome["status"], result)
+
+
+def outcome_error(status: str, result: Any) -> DagrelayError:
+    """Return the error in a Celery result that is no success."""
+    kind, arguments = "TaskFailed", [status, str(result)]
+    if isinstance(result, dict):
+        kind = str(result.get("exc_type"))
+        given = result.get("exc_message")
+        arguments = list(given) if isinstance(given, list | tuple) else [str(given)]
+    if status == "REVOKED":
+        return RequestCancelled(", ".join(str(argument) for argument in arguments))
+    return error_from(kind, arguments)

@@ -1,0 +1,82 @@
+"""The producer's settings: the one place of this package that reads the environment."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .errors import ConfigurationError
+
+_REDIS_URL = re.compile(r"(redis|rediss|unix)://.+")
+
+
+@dataclass(frozen=True)
+class ProducerSettings:
+    """What a producer needs to know. `redis_url` may hold a password and is not shown."""
+
+    redis_url: str = field(repr=False)
+    client_name: str
+    """Who asks, as the run's note in Airflow says it."""
+    timeout_s: float = 0.45
+    """For connecting and for each answer. Tried twice at the most, so a call ends within about 1 s."""
+    max_connections: int = 20
+    """Of this process. A further thread waits for one for `timeout_s`."""
+
+
+def read_value(environ: Mapping[str, str], name: str, mistakes: list[str]) -> str | None:
+    """Return a variable's value, or what the file named by `<name>_FILE` holds; None where neither is set."""
+    value = environ.get(name)
+    path = environ.get(f"{name}_FILE")
+    if value and path:
+        mistakes.append(f"{name} and {name}_FILE are both set: unset one of them")
+    if value:
+        return value
+    if path:
+        try:
+            return Path(path).read_text().strip()
+        except (OSError, UnicodeDecodeError) as exc:
+            mistakes.append(f"{name}_FILE cannot be read: {type(exc).__name__}")
+    return None
+
+
+def redis_url_problem(url: str) -> str:
+    """Return what is wrong with a Redis URL, or ""; never shows the URL, which may hold a password."""
+    if url.startswith("sentinel"):
+        return "names Sentinel, which is not supported: give the address of the primary"
+    if not _REDIS_URL.fullmatch(url):
+        return "is no Redis URL: redis://[user:password@]host:port/db, or rediss:// with TLS"
+    return ""
+
+
+def default_client_name() -> str:
+    """Return `program@host`."""
+    program = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] else "python"
+    return f"{program or 'python'}@{socket.gethostname()}"[:100]
+
+
+def read_settings(environ: Mapping[str, str] | None = None, **given: str | None) -> ProducerSettings:
+    """Return the settings from the environment; what is given in code goes first.
+
+    Raises ConfigurationError with every mistake at once, by the variable's name.
+    """
+    environ = os.environ if environ is None else environ
+    mistakes: list[str] = []
+    url = given.get("redis_url") or read_value(environ, "DAGRELAY_REDIS_URL", mistakes)
+    if not url:
+        if not mistakes:
+            mistakes.append(
+                "DAGRELAY_REDIS_URL is not set: give the Redis of Dagrelay's workers, e.g. redis://host:6379/0"
+            )
+    elif problem := redis_url_problem(url):
+        mistakes.append(f"DAGRELAY_REDIS_URL {problem}")
+    name = given.get("client_name") or environ.get("DAGRELAY_CLIENT_NAME") or default_client_name()
+    if not name.isprintable():
+        mistakes.append("DAGRELAY_CLIENT_NAME holds characters that cannot be printed")
+    if mistakes:
+        raise ConfigurationError(*mistakes)
+    return ProducerSettings(redis_url=url or "", client_name=name[:100])

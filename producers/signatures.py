@@ -1,0 +1,49 @@
+"""Signatures of our tasks: the only module that needs Celery, imported when one is asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from celery.canvas import Signature
+
+from .contract import QUEUE_TRIGGERS, TriggerRequest
+
+if TYPE_CHECKING:
+    from .stubs import TaskStub
+
+# Options that only a canvas gives: it, or the worker that goes on with it, sends the task then.
+_OF_A_CANVAS = {"group_id", "group_index", "chord", "chain", "root_id", "parent_id", "producer"}
+
+
+class RelaySignature(Signature):
+    """A signature which, called by itself, goes through our door and not through the host's app."""
+
+    _stub: TaskStub[Any]
+
+    def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:  # type: ignore[override]
+        """Send it, by the host's app when it is part of a canvas."""
+        if _OF_A_CANVAS & (options.keys() | self.options.keys()):
+            return super().apply_async(args, kwargs, **options)
+        from .stubs import conf_from_chain
+
+        merged = {**self.options, **options}
+        for ours in ("queue", "argsrepr", "kwargsrepr"):
+            merged.pop(ours, None)
+        positional, keywords = conf_from_chain(
+            tuple(args or ()) if not self.immutable else (),
+            {**TriggerRequest.fields_of(self.kwargs), **(kwargs or {} if not self.immutable else {})},
+        )
+        return self._stub.apply_async(positional, keywords, **merged)
+
+
+def signature(stub: TaskStub[Any], request: TriggerRequest, *, immutable: bool) -> RelaySignature:
+    """Return a signature for a checked request; what Flower may show of it travels with it."""
+    made = RelaySignature(
+        stub.name,
+        args=(),
+        kwargs=request.to_message(),
+        options={"queue": QUEUE_TRIGGERS, "argsrepr": "()", "kwargsrepr": request.shown()},
+        immutable=immutable,
+    )
+    made._stub = stub
+    return made

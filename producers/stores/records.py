@@ -1,0 +1,329 @@
+"""The life of each accepted request: one Redis hash, from acceptance to 14 days after the end.
+
+Key ``dagrelay:record:<task id>``. Fields, all text; instants are seconds since 1970 by Redis' clock:
+
+=============== ============ ====================================================================
+field           written by   meaning
+=============== ============ ====================================================================
+state           both         accepted, waiting (for its next attempt), done, failed, cancelled
+task            caller       the Celery task's name
+dag_id …        caller       dag_id, dag_run_id, key, connection, by: what was asked, never the conf
+accepted_at     caller       when it was accepted
+due_at          caller       from when on it counts (accepted_at plus the caller's countdown)
+attempts        worker       finished attempts
+next_at         worker       when the next attempt is due
+unsure          worker       1 once an answer was lost: a run may exist
+missing_since   worker       since when Airflow says that the DAG is missing or broken
+held_s          worker       seconds spent waiting for a held connection
+reason          worker       why it waits, or why it ended so
+error           worker       the class in `errors` that ended it, with error_args as JSON
+run             worker       the run that it ended in, as JSON
+ended_at        worker       when it ended
+corrected_at    worker       when an unknown outcome was found to be a run after all
+=============== ============ ====================================================================
+
+A record is written in the same script as the message it accounts for (`ACCEPT`) and as the Celery
+result it explains (`STORE`): at every moment there is a record for a message, and a reason for an end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
+
+from redis.exceptions import NoScriptError
+
+if TYPE_CHECKING:
+    from redis import Redis
+    from redis.client import Pipeline
+
+KEEP_S: Final = 14 * 86_400
+"""How long a record is kept after the end."""
+
+RESULT_PREFIX: Final = "celery-task-meta-"
+"""Celery's key for a result, and the channel on which it is published."""
+
+State = Literal["accepted", "waiting", "done", "failed", "cancelled"]
+ENDED: Final = ("done", "failed", "cancelled")
+
+
+class Script:
+    """A Lua script, sent by its hash, and whole only where Redis does not have it yet."""
+
+    def __init__(self, lua: str) -> None:
+        self.lua = lua
+        self.sha = hashlib.sha1(lua.encode(), usedforsecurity=False).hexdigest()
+
+    def run(self, client: Redis, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        """Run it in one round trip. Raises what redis-py raises."""
+        try:
+            return client.execute_command("EVALSHA", self.sha, len(keys), *keys, *args)
+        except NoScriptError:
+            return client.execute_command("EVAL", self.lua, len(keys), *keys, *args)
+
+    def queue(self, pipe: Pipeline, keys: Sequence[str], args: Sequence[Any]) -> None:
+        """Put it into a pipeline; the script must have been loaded before (`SCRIPT LOAD`)."""
+        pipe.execute_command("EVALSHA", self.sha, len(keys), *keys, *args)
+
+
+# KEYS: per item its record and its queue. ARGV: per item the message, the delay in seconds, and the
+# six fields of the record. An id that is on record already is not queued again, so that a call whose
+# answer was lost may be repeated (by us, within the call; by the caller, with its own task_id).
+ACCEPT: Final = Script("""
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1e6
+local accepted = 0
+for i = 1, #KEYS / 2 do
+  local record, queue, a = KEYS[2 * i - 1], KEYS[2 * i], (i - 1) * 8
+  if redis.call('HSETNX', record, 'state', 'accepted') == 1 then
+    redis.call('HSET', record, 'accepted_at', string.format('%.6f', now),
+      'due_at', string.format('%.6f', now + ARGV[a + 2]), 'task', ARGV[a + 3], 'dag_id', ARGV[a + 4],
+      'dag_run_id', ARGV[a + 5], 'key', ARGV[a + 6], 'connection', ARGV[a + 7], 'by', ARGV[a + 8])
+    redis.call('LPUSH', queue, ARGV[a + 1])
+    accepted = accepted + 1
+  end
+end
+return accepted
+""")
+
+# KEYS: the record. ARGV: unsure (0/1), missing (0/1), held_s to add, reason.
+# Returns attempts, seconds since it was due without those held, seconds missing, unsure.
+ATTEMPT_FAILED: Final = Script("""
+local record = KEYS[1]
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1e6
+redis.call('HSETNX', record, 'state', 'accepted')
+redis.call('HSETNX', record, 'accepted_at', string.format('%.6f', now))
+redis.call('HSETNX', record, 'due_at', string.format('%.6f', now))
+redis.call('HSET', record, 'reason', ARGV[4])
+local attempts = redis.call('HINCRBY', record, 'attempts', 1)
+local held = tonumber(redis.call('HGET', record, 'held_s') or 0)
+local age = now - tonumber(redis.call('HGET', record, 'due_at')) - held
+if tonumber(ARGV[3]) > 0 then
+  redis.call('HSET', record, 'held_s', string.format('%.3f', held + ARGV[3]))
+end
+if ARGV[1] == '1' then redis.call('HSET', record, 'unsure', '1') end
+local missing = 0
+if ARGV[2] == '1' then
+  redis.call('HSETNX', record, 'missing_since', string.format('%.6f', now))
+  missing = now - tonumber(redis.call('HGET', record, 'missing_since'))
+else
+  redis.call('HDEL', record, 'missing_since')
+end
+return {attempts, string.format('%.3f', age), string.format('%.3f', missing),
+  redis.call('HGET', record, 'unsure') or '0'}
+""")
+
+# KEYS: the result and the record. ARGV: the result as Celery keeps it, its seconds to live, the state of
+# the record, seconds in which the next attempt is due, seconds to keep the record, correct (0/1), then
+# pairs of fields. An end stands: whatever comes later (a copy of the message, a redelivery) only renews
+# a result that is gone. `correct` replaces an end that was OutcomeUnknown, and no other.
+STORE: Final = Script("""
+local result, record = KEYS[1], KEYS[2]
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1e6
+local state = redis.call('HGET', record, 'state')
+local ended = state == 'done' or state == 'failed' or state == 'cancelled'
+if ended and not (ARGV[6] == '1' and redis.call('HGET', record, 'error') == 'OutcomeUnknown') then
+  if ARGV[3] == state and redis.call('EXISTS', result) == 0 then
+    redis.call('SET', result, ARGV[1], 'EX', ARGV[2])
+    redis.call('PUBLISH', result, ARGV[1])
+  end
+  return 0
+end
+redis.call('SET', result, ARGV[1], 'EX', ARGV[2])
+redis.call('HSET', record, 'state', ARGV[3], unpack(ARGV, 7))
+if ARGV[3] == 'waiting' then
+  redis.call('HSET', record, 'next_at', string.format('%.6f', now + ARGV[4]))
+else
+  redis.call('HSET', record, ARGV[6] == '1' and 'corrected_at' or 'ended_at', string.format('%.6f', now))
+  if ARGV[6] == '1' then redis.call('HDEL', record, 'error', 'error_args') end
+  redis.call('HDEL', record, 'next_at')
+  redis.call('EXPIRE', record, ARGV[5])
+end
+redis.call('PUBLISH', result, ARGV[1])
+return 1
+""")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What is known of one request. Instants are seconds since 1970; what is not known yet is None."""
+
+    task_id: str
+    state: State = "accepted"
+    task: str | None = None
+    dag_id: str | None = None
+    dag_run_id: str | None = None
+    key: str | None = None
+    connection: str | None = None
+    by: str | None = None
+    accepted_at: float | None = None
+    due_at: float | None = None
+    attempts: int = 0
+    next_at: float | None = None
+    unsure: bool = False
+    held_s: float = 0.0
+    reason: str | None = None
+    error: str | None = None
+    error_args: list[Any] | None = None
+    run: dict[str, Any] | None = None
+    ended_at: float | None = None
+    corrected_at: float | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has come to its one end."""
+        return self.state in ENDED
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what is known, as JSON values."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value not in (None, "")}
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """One request as it goes to Redis: its message, ready, and what its record says of it."""
+
+    task_id: str
+    queue: str
+    message: bytes
+    delay_s: float
+    task: str
+    dag_id: str
+    dag_run_id: str
+    key: str
+    connection: str
+    by: str
+
+    def args(self) -> tuple[Any, ...]:
+        return (
+            self.message,
+            self.delay_s,
+            self.task,
+            self.dag_id,
+            self.dag_run_id,
+            self.key,
+            self.connection,
+            self.by,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Attempts:
+    """What is on record of the attempts so far. Seconds by Redis' clock."""
+
+    count: int
+    age_s: float
+    missing_s: float
+    unsure: bool
+
+
+def record_key(task_id: str) -> str:
+    """Return the Redis key of a request's record."""
+    return f"dagrelay:record:{task_id}"
+
+
+class Records:
+    """The records in one Redis. Every method is one round trip and raises what redis-py raises."""
+
+    def __init__(self, client: Redis) -> None:
+        self._client = client
+
+    def accept(self, item: Accepted) -> bool:
+        """Queue one request and begin its record; tell whether its id is new."""
+        return bool(ACCEPT.run(self._client, (record_key(item.task_id), item.queue), item.args()))
+
+    def accept_many(self, items: Iterable[Accepted], chunk: int = 200) -> int:
+        """Queue many requests in one pipeline; return how many were new.
+
+        Every chunk is all or nothing. When the connection breaks, some chunks may be in and others not.
+        """
+        pipe = self._client.pipeline(transaction=False)
+        pipe.execute_command("SCRIPT", "LOAD", ACCEPT.lua)
+        keys: list[str] = []
+        args: list[Any] = []
+        for item in items:
+            keys += (record_key(item.task_id), item.queue)
+            args += item.args()
+            if len(keys) == 2 * chunk:
+                ACCEPT.queue(pipe, keys, args)
+                keys, args = [], []
+        if keys:
+            ACCEPT.queue(pipe, keys, args)
+        return sum(pipe.execute()[1:])
+
+    def attempt_failed(
+        self, task_id: str, reason: str, *, unsure: bool = False, missing: bool = False, held_s: float = 0.0
+    ) -> Attempts:
+        """Count one attempt that did not end the request, and return what is known of all of them."""
+        count, age, missing_s, was_unsure = ATTEMPT_FAILED.run(
+            self._client, (record_key(task_id),), (int(unsure), int(missing), held_s, reason)
+        )
+        return Attempts(int(count), float(age), float(missing_s), _text(was_unsure) == "1")
+
+    def get(self, task_id: str) -> Record | None:
+        """Return a request's record, or None when there is none."""
+        raw = self._client.hgetall(record_key(task_id))
+        if not raw:
+            return None
+        found = {_text(name): _text(value) for name, value in raw.items()}
+        return Record(
+            task_id=task_id,
+            state=cast(State, found.get("state", "accepted")),
+            task=found.get("task"),
+            dag_id=found.get("dag_id"),
+            dag_run_id=found.get("dag_run_id"),
+            key=found.get("key") or None,
+            connection=found.get("connection"),
+            by=found.get("by"),
+            reason=found.get("reason"),
+            error=found.get("error"),
+            accepted_at=_number(found.get("accepted_at")),
+            due_at=_number(found.get("due_at")),
+            next_at=_number(found.get("next_at")),
+            ended_at=_number(found.get("ended_at")),
+            corrected_at=_number(found.get("corrected_at")),
+            attempts=int(found.get("attempts", 0)),
+            unsure=found.get("unsure") == "1",
+            held_s=float(found.get("held_s", 0)),
+            error_args=json.loads(found["error_args"]) if found.get("error_args") else None,
+            run=json.loads(found["run"]) if found.get("run") else None,
+        )
+
+
+def _number(text: str | None) -> float | None:
+    return float(text) if text else None
+
+
+def store(
+    client: Redis,
+    task_id: str,
+    *,
+    result: bytes | str,
+    result_ttl_s: int,
+    state: State,
+    found: dict[str, str],
+    next_in_s: float = 0.0,
+    correct: bool = False,
+) -> bool:
+    """Write a Celery result and the record that explains it, in one step; tell whether it was new.
+
+    `found` holds the record's fields to set; `correct` replaces an end that was OutcomeUnknown.
+    """
+    pairs = [text for pair in found.items() for text in pair]
+    return bool(
+        STORE.run(
+            client,
+            (RESULT_PREFIX + task_id, record_key(task_id)),
+            (result, result_ttl_s, state, next_in_s, KEEP_S, int(correct), "task_id", task_id, *pairs),
+        )
+    )
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
