@@ -168,7 +168,7 @@ def test_http_leaves_the_worker_from_one_place():
 
 
 def test_importing_producers_loads_neither_the_worker_nor_a_web_framework():
-    code = "import sys; from producers import trigger_dag; print(*{name.partition('.')[0] for name in sys.modules})"
+    code = "import sys; from producers import trigger_dag; print(*{m.partition('.')[0] for m in sys.modules})"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -1,0 +1,93 @@
+"""Flower's settings, loaded by `celery -A tasks flower --conf=flowerconfig.py`.
+
+Flower shows dag ids, run ids and keys, and can revoke tasks and stop workers: nobody gets in without a login,
+and Flower does not start without a password, unless somebody says that this is meant.
+
+    DAGRELAY_FLOWER_USER            default "dagrelay"
+    DAGRELAY_FLOWER_PASSWORD        or
+    DAGRELAY_FLOWER_PASSWORD_FILE   a file that holds it (a container's secret)
+    DAGRELAY_FLOWER_NO_AUTH         "true": no login. For a demo on loopback
+    DAGRELAY_FLOWER_ADDRESS         default 127.0.0.1
+    DAGRELAY_FLOWER_PORT            default 5555
+
+They come by the environment or a file and never by the command line, which every user of the machine can
+read. Behind the login is everything but /healthcheck, which says "OK" and nothing else and stays open for
+probes, and the style sheets below /static. TLS: put a proxy in front, or give --certfile and --keyfile.
+
+Every name here that is one of Flower's options sets it; an option on the command line wins over this file.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from flower.views.monitor import Metrics
+from tornado.web import authenticated
+
+YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0", "")
+
+
+def read_settings(environ: dict[str, str]) -> dict[str, object]:
+    """Return Flower's options from the environment. Raises SystemExit naming every mistake, and no secret."""
+    mistakes: list[str] = []
+
+    user = environ.get("DAGRELAY_FLOWER_USER") or "dagrelay"
+    if ":" in user or not user.isascii():
+        mistakes.append("DAGRELAY_FLOWER_USER: ASCII without ':', which ends the user name in a login")
+
+    no_auth = environ.get("DAGRELAY_FLOWER_NO_AUTH", "").strip().lower()
+    if no_auth not in YES + NO:
+        mistakes.append("DAGRELAY_FLOWER_NO_AUTH: true or false")
+
+    password = environ.get("DAGRELAY_FLOWER_PASSWORD", "")
+    file = environ.get("DAGRELAY_FLOWER_PASSWORD_FILE", "")
+    if password and file:
+        mistakes.append("DAGRELAY_FLOWER_PASSWORD and DAGRELAY_FLOWER_PASSWORD_FILE are both set: give one")
+    elif (password or file) and no_auth in YES:
+        mistakes.append("DAGRELAY_FLOWER_NO_AUTH=true and a password are both set: give one")
+    elif file:
+        try:
+            password = Path(file).read_text().rstrip("\r\n")
+        except (OSError, ValueError) as exc:
+            reason = exc.strerror if isinstance(exc, OSError) else "is no text"
+            mistakes.append(f"DAGRELAY_FLOWER_PASSWORD_FILE: {file}: {reason}")
+        else:
+            if not password:
+                mistakes.append(f"DAGRELAY_FLOWER_PASSWORD_FILE: {file} is empty")
+    elif not password and no_auth in NO:
+        mistakes.append(
+            "DAGRELAY_FLOWER_PASSWORD or DAGRELAY_FLOWER_PASSWORD_FILE is missing "
+            "(DAGRELAY_FLOWER_NO_AUTH=true if Flower is meant to be open)"
+        )
+    if not (password.isascii() and password.isprintable()):
+        # Flower 2.2 compares with hmac.compare_digest, which takes ASCII only: every login would be a 500.
+        mistakes.append("the password of Flower: printable ASCII on one line")
+
+    port_text = environ.get("DAGRELAY_FLOWER_PORT") or "5555"
+    if not (port_text.isascii() and port_text.isdecimal() and int(port_text) <= 65535):
+        mistakes.append("DAGRELAY_FLOWER_PORT: a number from 0 (any free one) to 65535")
+
+    if mistakes:
+        raise SystemExit("Flower does not start: " + "; ".join(mistakes))
+    return {
+        "port": int(port_text),
+        "address": environ.get("DAGRELAY_FLOWER_ADDRESS") or "127.0.0.1",
+        # A list, because Flower splits a string at its commas.
+        "basic_auth": [f"{user}:{password}"] if password else [],
+    }
+
+
+globals().update(read_settings(dict(os.environ)))
+
+# 8 KB each are 160 MB; Flower's default of 100 000 would be 800 MB.
+max_tasks = 20_000
+# kwargs hold what `TriggerRequest.shown` lets be seen: dag id, run id and key; of a conf names and size only.
+tasks_columns = "name,uuid,state,args,kwargs,received,started,runtime,worker"
+# Kept in memory only: Flower's database is a pickle, and the records in Redis have the history.
+persistent = False
+
+# Flower 2.2 serves /metrics to everybody: of all its pages only this one lacks the check that others have.
+# `tests/integration/test_flower.py` asks every page without a login, so that no new one slips through.
+if not hasattr(Metrics.get, "__wrapped__"):
+    Metrics.get = authenticated(Metrics.get)
