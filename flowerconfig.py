@@ -20,10 +20,11 @@ Every name here that is one of Flower's options sets it; an option on the comman
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from flower.views.monitor import Metrics
 from tornado.web import authenticated
+
+from producers.settings import read_value
 
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0", "")
 
@@ -40,24 +41,14 @@ def read_settings(environ: dict[str, str]) -> dict[str, object]:
     if no_auth not in YES + NO:
         mistakes.append("DAGRELAY_FLOWER_NO_AUTH: true or false")
 
-    password = environ.get("DAGRELAY_FLOWER_PASSWORD", "")
-    file = environ.get("DAGRELAY_FLOWER_PASSWORD_FILE", "")
-    if password and file:
-        mistakes.append("DAGRELAY_FLOWER_PASSWORD and DAGRELAY_FLOWER_PASSWORD_FILE are both set: give one")
-    elif (password or file) and no_auth in YES:
+    unreadable: list[str] = []
+    password = read_value(environ, "DAGRELAY_FLOWER_PASSWORD", unreadable) or ""
+    mistakes += unreadable
+    if password and no_auth in YES:
         mistakes.append("DAGRELAY_FLOWER_NO_AUTH=true and a password are both set: give one")
-    elif file:
-        try:
-            password = Path(file).read_text().rstrip("\r\n")
-        except (OSError, ValueError) as exc:
-            reason = exc.strerror if isinstance(exc, OSError) else "is no text"
-            mistakes.append(f"DAGRELAY_FLOWER_PASSWORD_FILE: {file}: {reason}")
-        else:
-            if not password:
-                mistakes.append(f"DAGRELAY_FLOWER_PASSWORD_FILE: {file} is empty")
-    elif not password and no_auth in NO:
+    elif not password and no_auth in NO and not unreadable:
         mistakes.append(
-            "DAGRELAY_FLOWER_PASSWORD or DAGRELAY_FLOWER_PASSWORD_FILE is missing "
+            "DAGRELAY_FLOWER_PASSWORD or DAGRELAY_FLOWER_PASSWORD_FILE is missing or empty "
             "(DAGRELAY_FLOWER_NO_AUTH=true if Flower is meant to be open)"
         )
     if not (password.isascii() and password.isprintable()):

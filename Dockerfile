@@ -1,0 +1,34 @@
+# What workers and Flower run, and nothing else of this repository.
+#
+# The base is pinned by its version. Not by its digest: none could be looked up where this was written; add
+# yours (`FROM python:3.12-slim-bookworm@sha256:…`) where builds must repeat to the byte. For lack of an engine
+# the tests do not build this image: they lint it, and run what it copies with what it installs.
+FROM python:3.12-slim-bookworm
+
+ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+
+# An entry in the system's files, because Celery takes a user without one for a security problem.
+RUN groupadd --gid 10001 dagrelay \
+  && useradd --uid 10001 --gid 10001 --no-log-init --no-create-home --shell /usr/sbin/nologin dagrelay
+
+WORKDIR /app
+
+# Made by:
+#   uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+#     --extra worker --extra flower -c requirements.lock pyproject.toml -o requirements-worker.lock
+COPY requirements-worker.lock ./
+RUN pip install --no-cache-dir --no-deps --require-hashes -r requirements-worker.lock
+
+COPY celeryconfig.py flowerconfig.py ./
+COPY producers/ producers/
+COPY tasks/ tasks/
+
+# A number, so that a cluster can see that it is not root. It owns nothing here: the code is read-only to it.
+USER 10001:10001
+
+# For the worker; Flower has its own in docker-compose.yml. Starting Python costs about a second of CPU, hence
+# not more often. HOSTNAME is set by the engine, and Celery names a worker celery@<host>.
+HEALTHCHECK --interval=60s --timeout=20s --start-period=30s --retries=3 \
+  CMD ["sh", "-c", "exec celery -A tasks inspect ping --timeout 10 --destination celery@$HOSTNAME"]
+
+CMD ["celery", "-A", "tasks", "worker"]
