@@ -264,7 +264,7 @@ class Airflow:
     def stop(self) -> None:
         """End everything: first Airflow's processes, all at once, then PostgreSQL. Nothing is left."""
         for process in self.processes.values():
-            process.send(process.stop_signal)
+            process.ask_to_stop()
         for name in list(self.processes):
             self.stop_component(name)
         self.postgres.stop()

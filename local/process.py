@@ -59,6 +59,7 @@ class Process:
         self.log = log
         self.stop_signal = stop_signal
         self.grace_s = grace_s
+        self._asked_to_stop = False
         log.parent.mkdir(parents=True, exist_ok=True)
         guard = [sys.executable, "-I", "-S", str(GUARD)]
         read_end, write_end = os.pipe()
@@ -122,9 +123,15 @@ class Process:
         self.send(signal.SIGUSR1)
         return self.wait()
 
+    def ask_to_stop(self) -> None:
+        """Send the stop signal and do not wait: `stop` does, later."""
+        self._asked_to_stop = True
+        self.send(self.stop_signal)
+
     def stop(self, *, grace_s: float | None = None) -> int:
         """Ask the command to end, kill it after `grace_s` (None: as given at start), return its code."""
-        self.send(self.stop_signal)
+        if not self._asked_to_stop:  # some take a second TERM for "at once"
+            self.ask_to_stop()
         try:
             return self.wait(self.grace_s if grace_s is None else grace_s)
         except TimeoutError:
