@@ -41,6 +41,7 @@ from local.process import (
     clean_env,
     free_port,
     quiet,
+    run_to_end,
     secret_file,
 )
 
@@ -127,8 +128,7 @@ class Environment:
             [*uv, "pip", "sync", "--require-hashes", "--python", str(self.python), str(self.lock)],
         ):
             process = Process(command, log=self.log, env=env, cwd=STATE, name="uv")
-            if process.wait(INSTALL_TIMEOUT_S) != 0:
-                raise process.failure(f"could not install Airflow {self.release}")
+            run_to_end(process, timeout_s=INSTALL_TIMEOUT_S, what=f"install Airflow {self.release}")
 
     def _make_database(self) -> None:
         home = self.folder / "making"
@@ -147,8 +147,9 @@ class Environment:
                 process = Process(
                     [self.python, "-m", "airflow", *command], log=self.log, env=env, name="airflow"
                 )
-                if process.wait(MIGRATE_TIMEOUT_S) != 0:
-                    raise process.failure(f"`airflow {' '.join(command[:2])}` failed")
+                run_to_end(
+                    process, timeout_s=MIGRATE_TIMEOUT_S, what=f"run `airflow {' '.join(command[:2])}`"
+                )
         finally:
             postgres.stop()
         postgres.data.rename(self.database)
@@ -226,18 +227,25 @@ class Airflow:
         """Whether every component that was started still runs."""
         return bool(self.processes) and all(part.alive for part in self.processes.values())
 
+    def failure(self, what: str) -> PartFailed:
+        """The error that says which components ended, with the ends of their logs."""
+        ended = [part for part in self.processes.values() if not part.alive]
+        return PartFailed("\n".join(str(part.failure(f"{what} ({part.poll()})")) for part in ended))
+
     def log_of(self, component: str) -> Path:
         return self.home / "logs" / f"{component}.log"
 
     # Starting and stopping
 
-    def start(self, progress: Progress = quiet) -> Airflow:
-        """Install if needed, start everything, return when the API answers.
+    def start(self, progress: Progress = quiet, *, wait: bool = True) -> Airflow:
+        """Install if needed, start everything, return when the API answers (or before, without `wait`).
 
         About 7 s when installed, on a machine with nothing else to do. Raises PartFailed with the end of the
         log of whatever failed; nothing is left running then. RuntimeError if another process uses this home.
         """
         if self.processes:
+            if wait:
+                self.wait_healthy()
             return self
         self.environment.ensure(progress)
         self._take_home()
@@ -254,8 +262,9 @@ class Airflow:
             )
             for component in self.components:
                 self.start_component(component)
-            self.wait_healthy()
-            progress(f"Airflow's API is healthy ({time.monotonic() - began:.1f} s)")
+            if wait:
+                self.wait_healthy()
+                progress(f"Airflow's API is healthy ({time.monotonic() - began:.1f} s)")
         except BaseException:
             self.stop()
             raise
@@ -593,8 +602,7 @@ def main() -> None:
         print("Ctrl-C ends it.", flush=True)
         while airflow.alive:
             time.sleep(0.5)
-        ended = [part for part in airflow.processes.values() if not part.alive]
-        raise SystemExit("\n".join(str(part.failure(f"ended with {part.poll()}")) for part in ended))
+        raise SystemExit(str(airflow.failure("ended by itself")))
     except KeyboardInterrupt:
         print("\nstopping", flush=True)
     except PartFailed as exc:

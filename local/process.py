@@ -154,6 +154,23 @@ class Process:
             time.sleep(every_s)
 
 
+def run_to_end(process: Process, *, timeout_s: float, what: str) -> None:
+    """Wait until a command has ended well. Raises PartFailed, saying `what` could not be done.
+
+    Whatever interrupts the waiting ends the command too.
+    """
+    try:
+        code = process.wait(timeout_s)
+    except TimeoutError:
+        process.kill()
+        raise process.failure(f"could not {what} within {timeout_s:g} s") from None
+    except BaseException:
+        process.kill()
+        raise
+    if code != 0:
+        raise process.failure(f"could not {what}: ended with {code}")
+
+
 def tail(path: Path, lines: int = 30) -> str:
     """The last lines of a file; empty if there is none."""
     with contextlib.suppress(OSError), path.open("rb") as file:

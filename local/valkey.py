@@ -68,6 +68,9 @@ class Valkey:
     def alive(self) -> bool:
         return self._process is not None and self._process.alive
 
+    def failure(self, what: str) -> PartFailed:
+        return self.process.failure(what)
+
     def start(self) -> Valkey:
         """Start, or do nothing if it runs; return when it answers PONG, with its data loaded."""
         if self.alive:
