@@ -7,6 +7,7 @@ wish for the worker's dependencies. `docs/design.md`, section 2, has the rule; t
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -197,6 +198,14 @@ def test_locks_pin_everything_by_hash_and_name_no_address():
             and not ("==" in requirement and "--hash=sha256:" in requirement)
         ]
     assert not wrong
+
+
+def test_the_lock_of_the_browser_pins_by_hash_and_names_no_address():
+    text = (ROOT / "tests/browser/package-lock.json").read_text()
+    assert "://" not in text
+    packages = json.loads(text)["packages"]
+    assert len(packages) > 1
+    assert not [name for name, package in packages.items() if name and "integrity" not in package]
 
 
 def test_no_file_names_a_registry_or_a_path_of_somebodys_machine():

@@ -1,0 +1,362 @@
+"""Flower shows what was asked and how it went, to those who may know it, and no secret to anybody.
+
+Real parts: an embedded Valkey with a password, a worker, Flower with the project's own settings, and a small
+HTTP server in Airflow's place. In a browser where there is one.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from redis import Redis
+
+from local.process import ROOT, Process, clean_env, free_port
+from local.valkey import Valkey
+from producers import RelayClient, TriggerRequest
+from producers.settings import ProducerSettings
+from tests import browser
+from tests.parts import need
+
+pytestmark = pytest.mark.integration
+
+START_TIMEOUT_S = 60.0
+# Each its own, so that a leak says what leaked.
+CONF_VALUE, AIRFLOW_TOKEN = "kanarienvogel-conf-7f3a", "kanarienvogel-token-51c2"
+REDIS_PASSWORD, FLOWER_PASSWORD = "kanarienvogel-redis-9e0d", "kanarienvogel,flower:b64 4"
+SECRETS = (CONF_VALUE, AIRFLOW_TOKEN, REDIS_PASSWORD, FLOWER_PASSWORD)
+DAG_ID, KEY = "daily_sales", "sales-2026-11-20"
+LOGIN = f"dagrelay:{FLOWER_PASSWORD}"
+
+
+class AirflowStandIn(BaseHTTPRequestHandler):
+    """Says yes to every trigger, in the words of Airflow 3, and echoes the conf as Airflow does."""
+
+    def do_GET(self) -> None:
+        self.answer(200, {"version": "3.3.2", "git_version": None})
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
+        self.answer(
+            200,
+            {
+                "dag_id": DAG_ID,
+                "dag_run_id": asked.get("dag_run_id"),
+                "logical_date": None,
+                "queued_at": "2026-11-20T06:00:00Z",
+                "run_after": "2026-11-20T06:00:00Z",
+                "run_type": "manual",
+                "state": "queued",
+                "triggered_by": "rest_api",
+                "conf": asked.get("conf"),
+                "note": asked.get("note"),
+                "dag_versions": [],
+            },
+        )
+
+    def answer(self, status: int, body: dict[str, object]) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@dataclass
+class Stack:
+    """What runs, and one request that was done."""
+
+    flower: Process
+    worker: Process
+    url: str
+    redis_url: str
+    task_id: str
+    folder: Path
+
+    def get(self, path: str, login: str | None = LOGIN, method: str = "GET") -> tuple[int, str]:
+        """Return status and body, 4xx and 5xx included; redirects are not followed."""
+        request = urllib.request.Request(self.url + path, method=method)
+        if login is not None:
+            request.add_header("Authorization", "Basic " + base64.b64encode(login.encode()).decode())
+        try:
+            with OPENER.open(request, timeout=20) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as exc:
+            return exc.code, exc.read().decode()
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
+OPENER = urllib.request.build_opener(NoRedirect)
+
+
+def up(url: str) -> bool:
+    try:
+        with OPENER.open(f"{url}/healthcheck", timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    folder = tmp_path_factory.mktemp("flower")
+    airflow = ThreadingHTTPServer(("127.0.0.1", 0), AirflowStandIn)
+    threading.Thread(target=airflow.serve_forever, daemon=True).start()
+    connection = {
+        "conn_type": "http",
+        "host": "127.0.0.1",
+        "port": airflow.server_port,
+        "extra": {"token": AIRFLOW_TOKEN},
+    }
+    secret = folder / "flower_password"
+    secret.write_text(FLOWER_PASSWORD)
+    with Valkey() as valkey:
+        Redis.from_url(valkey.url).config_set("requirepass", REDIS_PASSWORD)
+        redis_url = valkey.url.replace("redis://", f"redis://:{REDIS_PASSWORD}@")
+        port = free_port()
+        shared = {"DAGRELAY_REDIS_URL": redis_url}
+        running: list[Process] = []
+        try:
+            celery = [sys.executable, "-m", "celery", "-A", "tasks"]
+            worker = Process(
+                [*celery, "worker"],
+                log=folder / "worker.log",
+                env=clean_env(**shared, AIRFLOW_CONN_DEFAULT=json.dumps(connection)),
+                cwd=ROOT,
+                name="worker",
+                grace_s=30,
+            )
+            running.append(worker)
+            flower = Process(
+                [*celery, "flower", "--conf=flowerconfig.py"],
+                log=folder / "flower.log",
+                env=clean_env(
+                    **shared, DAGRELAY_FLOWER_PORT=str(port), DAGRELAY_FLOWER_PASSWORD_FILE=str(secret)
+                ),
+                cwd=ROOT,
+                name="flower",
+            )
+            running.append(flower)
+            url = f"http://127.0.0.1:{port}"
+            flower.wait_until(lambda: up(url), timeout_s=START_TIMEOUT_S, what="answering")
+            client = RelayClient(ProducerSettings(redis_url=redis_url, client_name="test-flower"))
+            request = TriggerRequest(DAG_ID, {"password": CONF_VALUE}, key=KEY, note=CONF_VALUE)
+            stack = Stack(flower, worker, url, redis_url, "", folder)
+
+            def shows(path: str, words: str) -> None:
+                flower.wait_until(
+                    lambda: words in stack.get(path)[1],
+                    timeout_s=START_TIMEOUT_S,
+                    what=f"showing {words} on {path}",
+                    every_s=0.2,
+                )
+
+            # Events come by Pub/Sub, which keeps nothing: first hear the worker, then send the task.
+            shows("/metrics", "flower_worker_online{")
+            shows("/api/workers?refresh=1", "celery@")
+            handle = client.enqueue(request)
+            handle.get(timeout=START_TIMEOUT_S)
+            stack.task_id = handle.id
+            shows("/api/tasks", '"SUCCESS"')
+            yield stack
+        finally:
+            for process in reversed(running):
+                process.stop()
+            airflow.shutdown()
+            airflow.server_close()
+
+
+def pages() -> list[tuple[str, str]]:
+    """Every method and address that this Flower serves, by its own table."""
+    from flower.urls import handlers
+
+    found = []
+    for handler in handlers:
+        pattern = handler.regex.pattern if hasattr(handler, "regex") else handler[0]
+        target = handler.handler_class if hasattr(handler, "handler_class") else handler[1]
+        path = re.sub(r"\(.*?\)", "x", pattern).rstrip("$").removesuffix("/?").replace(".*", "/nowhere")
+        found += [(m.upper(), path) for m in ("get", "post", "put", "delete", "patch") if m in vars(target)]
+    return found
+
+
+OPEN_PAGES = {
+    ("GET", "/healthcheck"): 200,  # for probes
+    ("GET", "/static/x"): 404,  # style sheets and scripts
+    ("GET", "/logout"): 200,  # says that one is logged out
+    ("GET", "/nowhere"): 404,
+    ("POST", "/nowhere"): 404,
+}
+
+
+@pytest.mark.parametrize("login", [None, "dagrelay:wrong", "dagrelay:", f"other:{FLOWER_PASSWORD}"])
+def test_without_the_login_every_page_is_closed(stack, login):
+    asked = pages()
+    assert len(asked) > 30
+    assert {("GET", "/metrics"), ("GET", "/api/tasks"), ("GET", "/"), ("GET", "/tasks")} <= set(asked)
+    answers = {(m, path): stack.get(path, login, m)[0] for m, path in asked}
+    assert answers == {page: OPEN_PAGES.get(page, 401) for page in asked}
+
+
+def test_pages_without_a_login_show_nothing_of_ours(stack):
+    for method, path in OPEN_PAGES:
+        body = stack.get(path, None, method)[1]
+        assert not [word for word in (*SECRETS, DAG_ID, KEY, stack.task_id) if word in body], path
+    assert stack.get("/healthcheck", None) == (200, "OK")
+
+
+def test_with_the_login_every_page_is_there(stack):
+    for path in ("/", "/tasks", "/workers", "/broker", "/metrics", "/api/tasks", f"/task/{stack.task_id}"):
+        assert stack.get(path)[0] == 200, path
+    assert "flower_events_total" in stack.get("/metrics")[1]
+    assert stack.task_id in stack.get("/api/tasks")[1]
+
+
+def test_a_task_says_dag_run_and_key(stack):
+    status, body = stack.get(f"/api/task/info/{stack.task_id}")
+    assert status == 200
+    shown = json.loads(body)["kwargs"]
+    for word in (DAG_ID, KEY, f"relay__{KEY}", "password"):  # of the conf the names, not the values
+        assert word in shown
+
+
+def test_no_page_and_no_log_shows_a_secret(stack):
+    workers = list(json.loads(stack.get("/api/workers?refresh=1")[1]))
+    assert workers
+    table = (
+        "/tasks/datatable?draw=1&start=0&length=50&order[0][column]=0&order[0][dir]=asc&columns[0][data]=name"
+    )
+    paths = [
+        "/",
+        "/workers",
+        "/tasks",
+        "/broker",
+        "/metrics",
+        "/api/tasks",
+        "/api/workers",
+        table,
+        *(f"/worker/{name}" for name in workers),
+        *(f"{prefix}/{stack.task_id}" for prefix in ("/task", "/api/task/info", "/api/task/result")),
+    ]
+    for path in paths:
+        status, body = stack.get(path)
+        assert status == 200, path
+        assert not [secret for secret in SECRETS if secret in body], path
+    for log in (stack.flower.log, stack.worker.log):
+        text = log.read_text()
+        assert text
+        assert not [secret for secret in SECRETS if secret in text], log.name
+
+
+def test_no_secret_is_in_the_process_list(stack):
+    lines = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            lines.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+        except OSError:
+            continue  # it has ended
+    need("a process list", bool(lines), "this test reads /proc, which Linux has")
+    assert any("flower --conf=flowerconfig.py" in line for line in lines)
+    assert not [line for line in lines if any(secret in line for secret in SECRETS)]
+
+
+def test_without_a_password_flower_ends_at_once_and_says_why(stack):
+    result = subprocess.run(
+        [sys.executable, "-m", "celery", "-A", "tasks", "flower", "--conf=flowerconfig.py"],
+        cwd=ROOT,
+        env=clean_env(DAGRELAY_REDIS_URL=stack.redis_url),
+        capture_output=True,
+        text=True,
+        timeout=START_TIMEOUT_S,
+        check=False,
+    )
+    assert result.returncode != 0
+    assert "DAGRELAY_FLOWER_PASSWORD" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert REDIS_PASSWORD not in result.stdout + result.stderr
+
+
+def test_the_health_check_of_the_worker_tells_a_living_one_from_a_dead_one(stack):
+    """The command of the Dockerfile, with the worker's host and with another's."""
+    text = re.sub(r"\\\n\s*", " ", (ROOT / "Dockerfile").read_text())
+    (check,) = re.findall(r"^HEALTHCHECK .* CMD (\[.*\])$", text, re.M)
+    sh, option, command = json.loads(check)
+
+    def status(host: str) -> int:
+        return subprocess.run(
+            [sh, option, command],
+            cwd=ROOT,
+            env=clean_env(DAGRELAY_REDIS_URL=stack.redis_url, HOSTNAME=host)
+            | {"PATH": f"{Path(sys.executable).parent}:{clean_env()['PATH']}"},
+            capture_output=True,
+            timeout=START_TIMEOUT_S,
+            check=False,
+        ).returncode
+
+    assert status(socket.gethostname()) == 0
+    assert status("nobody") != 0
+
+
+def test_the_health_check_of_flower_asks_flower(stack):
+    """The command of docker-compose.yml, with the port of this one and with one where nobody is."""
+    (code,) = re.findall(r"^ +- (import urllib\.request.*)$", (ROOT / "docker-compose.yml").read_text(), re.M)
+    assert ":5555/" in code
+
+    def status(port: str) -> int:
+        argv = [sys.executable, "-c", code.replace("5555", port)]
+        return subprocess.run(argv, capture_output=True, timeout=START_TIMEOUT_S, check=False).returncode
+
+    assert status(stack.url.rpartition(":")[2]) == 0
+    assert status(str(free_port())) != 0
+
+
+def test_in_a_browser_the_task_can_be_read_and_its_conf_cannot(stack):
+    chromium = browser.find()
+    need("a browser (Chromium)", chromium is not None, browser.HOW_TO_GET_IT)
+    assert chromium
+    from playwright.sync_api import sync_playwright
+
+    user, _, password = LOGIN.partition(":")
+    elsewhere: list[str] = []
+    failed: list[str] = []
+    with sync_playwright() as playwright:
+        program = playwright.chromium.launch(executable_path=chromium.path, env=clean_env(**chromium.env))
+        try:
+            page = program.new_page(http_credentials={"username": user, "password": password})
+            page.on("request", lambda r: elsewhere.append(r.url) if not r.url.startswith(stack.url) else None)
+            page.on("pageerror", lambda error: failed.append(str(error)))
+            page.goto(f"{stack.url}/tasks")
+            row = page.locator("#tasks-table tbody tr", has_text=DAG_ID)
+            row.first.wait_for(timeout=20_000)
+            assert row.count() == 1
+            shown = row.inner_text()
+            for word in ("tasks.trigger_dag", stack.task_id[:8], "SUCCESS", DAG_ID, KEY):
+                assert word.lower() in shown.lower(), shown
+            tasks_page = page.content()
+            page.goto(f"{stack.url}/task/{stack.task_id}")
+            page.get_by_text(f"relay__{KEY}").first.wait_for(timeout=20_000)
+            for content in (tasks_page, page.content()):
+                assert not [secret for secret in SECRETS if secret in content]
+        finally:
+            program.close()
+    assert not failed
+    assert not [url for url in elsewhere if not url.startswith(("data:", "blob:"))]
