@@ -187,22 +187,21 @@ def free_port() -> int:
     """
     for _ in range(200):
         port = random.randint(20_000, 32_000)  # noqa: S311 - no secret
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
+        if port_free(port):
             return port
     raise PartFailed("no free TCP port between 20000 and 32000 on 127.0.0.1")
 
 
-def port_open(port: int, host: str = "127.0.0.1") -> bool:
-    """Whether somebody accepts connections there."""
-    try:
-        with socket.create_connection((host, port), timeout=1):
-            return True
-    except OSError:
-        return False
+def port_free(port: int) -> bool:
+    """Whether a server could listen on this TCP port of loopback now."""
+    with socket.socket() as probe:
+        # As servers do: else a connection that ended a moment ago makes the port look taken.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
 
 
 def clean_env(**extra: str) -> dict[str, str]:

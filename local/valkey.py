@@ -69,7 +69,7 @@ class Valkey:
         return self._process is not None and self._process.alive
 
     def failure(self, what: str) -> PartFailed:
-        return self.process.failure(what)
+        return self._process.failure(what) if self._process else PartFailed(f"valkey: {what}")
 
     def start(self) -> Valkey:
         """Start, or do nothing if it runs; return when it answers PONG, with its data loaded."""
