@@ -1,0 +1,254 @@
+"""What the answers of Airflow's two APIs have in common: the types that they are read into, and the cleaning
+of the words that come with an error.
+
+Those words end in logs, records, results and Flower, and Airflow echoes what it was sent: pydantic the
+`input`, jsonschema the failing value (twice), a database error the statement. A conf value may be a secret.
+So only what is known to hold no value is taken over, and what is left is compared with the conf once more.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+from urllib.parse import quote
+
+from producers.contract import DagRun
+from producers.errors import AirflowUnavailable, RequestRejected
+from tasks.airflow.connections import AirflowConnection, ApiVersion
+from tasks.http import HttpResponse
+
+MAX_WORDS: Final = 500
+MAX_RETRY_AFTER_S: Final = 86_400.0
+
+JSON_HEADERS: Final = {"Content-Type": "application/json"}
+
+
+@dataclass(frozen=True, slots=True)
+class RunView:
+    """A DAG run as Airflow shows it. Dates are aware; what Airflow does not say is None.
+
+    `queued_at` is told by Airflow 3 only, and `run_after` too: in Airflow 2 it is None. `api` is the version
+    of the API that told it.
+    """
+
+    dag_id: str
+    run_id: str
+    state: str
+    conf: dict[str, Any] | None
+    logical_date: datetime | None
+    run_after: datetime | None
+    note: str | None
+    start_date: datetime | None
+    end_date: datetime | None
+    queued_at: datetime | None
+    api: ApiVersion
+
+
+def as_dag_run(view: RunView, connection: AirflowConnection, created: bool, cleared: bool = False) -> DagRun:
+    """Return the run as a trigger's outcome, with the address at which people find it."""
+    return DagRun(
+        dag_id=view.dag_id,
+        dag_run_id=view.run_id,
+        state=view.state,
+        created=created,
+        cleared=cleared,
+        logical_date=view.logical_date.isoformat() if view.logical_date else None,
+        run_after=view.run_after.isoformat() if view.run_after else None,
+        connection=connection.id,
+        url=connection.run_url(view.api, view.dag_id, view.run_id),
+    )
+
+
+class DagRunExists(Exception):
+    """409: the run id, or the logical date, is taken. A GET of the run id tells which."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__(words)
+        self.words = words
+
+
+class TokenRefused(Exception):
+    """The credentials sent with this one request were not accepted; a new token may help."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__(words)
+        self.words = words
+
+
+class Forbidden(Exception):
+    """403 of Airflow 2, which says the same to wrong credentials and to missing permission."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__(words)
+        self.words = words
+
+
+class NotThisApi(Exception):
+    """The server does not have this version of the API, or somebody else answered 404.
+
+    `sure` is true when Airflow itself said so: then nothing was done.
+    """
+
+    def __init__(self, words: str, sure: bool) -> None:
+        super().__init__(words, sure)
+        self.words, self.sure = words, sure
+
+
+def json_body(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def segment(name: str, value: str) -> str:
+    """Return an id quoted as one segment of a path. Raises RequestRejected if it cannot be one.
+
+    "." and ".." would be taken as steps by every HTTP library on the way, and "~" is Airflow's wildcard.
+    """
+    if value in ("", ".", "..", "~"):
+        raise RequestRejected(
+            400, f"{name} {value!r} cannot be part of a URL: Airflow could never be asked for it"
+        )
+    return quote(value, safe="")
+
+
+def instant(value: datetime) -> str:
+    """Return a date and time as both APIs read it: RFC 3339 in UTC."""
+    return value.astimezone(UTC).isoformat()
+
+
+def read_instant(value: Any) -> datetime | None:
+    """Return a date and time of an answer, or None if it is none."""
+    if not isinstance(value, str):
+        return None
+    try:
+        found = datetime.fromisoformat(value)
+    except ValueError:
+        return None
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+def read_run(answer: Any, api: ApiVersion) -> RunView | None:
+    """Return the run in a decoded answer, or None if it is no run."""
+    if not isinstance(answer, dict):
+        return None
+    dag_id, run_id, state = (answer.get(name) for name in ("dag_id", "dag_run_id", "state"))
+    if not (isinstance(dag_id, str) and isinstance(run_id, str) and isinstance(state, str)):
+        return None
+    conf, note = answer.get("conf"), answer.get("note")
+    return RunView(
+        dag_id=dag_id,
+        run_id=run_id,
+        state=state,
+        conf=conf if isinstance(conf, dict) else None,
+        logical_date=read_instant(answer.get("logical_date")),
+        run_after=read_instant(answer.get("run_after")),
+        note=note if isinstance(note, str) else None,
+        start_date=read_instant(answer.get("start_date")),
+        end_date=read_instant(answer.get("end_date")),
+        queued_at=read_instant(answer.get("queued_at")),
+        api=api,
+    )
+
+
+def this_run(response: HttpResponse, dag_id: str, run_id: str, api: ApiVersion) -> RunView:
+    """Return the run in a successful answer. Raises AirflowUnavailable if it is no run, or another one."""
+    view = read_run(response.json(), api)
+    if view is None:
+        raise somebody_else(response)
+    if (view.dag_id, view.run_id) != (dag_id, run_id):
+        raise AirflowUnavailable("the answer is about another run than the one asked for")
+    return view
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """Return how many seconds Airflow asks us to wait, or None if it does not say.
+
+    Reads the delta-seconds form, up to one day; an HTTP-date counts as absent. Keys are lower case.
+    Raises nothing: an odd header must not hide the error it came with.
+    Source: RFC 9110, section 10.2.3.
+    """
+    value = headers.get("retry-after", "").strip()
+    return min(float(value), MAX_RETRY_AFTER_S) if value.isascii() and value.isdecimal() else None
+
+
+def unavailable(response: HttpResponse, words: str = "") -> AirflowUnavailable:
+    """Return the error for an answer that asks to come back later, or tells of trouble."""
+    reason = f"it answered {response.status}" + (f": {words}" if words else "")
+    return AirflowUnavailable(reason[:MAX_WORDS], retry_after_s(response.headers), True)
+
+
+def somebody_else(response: HttpResponse) -> AirflowUnavailable:
+    """Return the error for an answer that is not in Airflow's form: a proxy's page, an error page."""
+    if 300 <= response.status < 400:
+        reason = (
+            f"a redirect ({response.status}), which is not followed: is the address of the connection right?"
+        )
+    else:
+        titled = re.search(r"<title[^>]*>([^<]{1,200})", response.text(4000), re.IGNORECASE)
+        title = f" ({one_line(titled[1])[:80]})" if titled else ""
+        reason = f"somebody else answered {response.status}{title}, not in the form of Airflow's API"
+    return AirflowUnavailable(reason, retry_after_s(response.headers), True)
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+_PARAM = re.compile(r"Invalid input for param (?P<name>[^\n:]{1,100}): ")
+_FAILED = re.compile(
+    r"\n\s*\n\s*Failed validating '(?P<rule>\w+)' in [^\n:]*:\n(?P<schema>.*?)\n\s*\n\s*On ", re.DOTALL
+)
+_NO_VALUE = "No value passed and Param has no default value"
+
+
+def clean(text: str) -> str:
+    """Return the part of an error's text that cannot hold a conf value, on one line.
+
+    A failed Param is told as "Invalid input for param NAME: " and jsonschema's text, whose first line and
+    last section are the value, and whose middle is the DAG's own schema: that is what we keep.
+    """
+    param = _PARAM.match(text)
+    failed = _FAILED.search(text)
+    head = param[0] if param else ""
+    if failed:
+        return one_line(f"{head}its value fails {failed['rule']!r} of the schema {failed['schema']}")
+    if param:
+        rest = text[param.end() :]
+        return head + (
+            _NO_VALUE if rest.startswith(_NO_VALUE) else "its value does not fit the DAG's schema for it"
+        )
+    if "Failed validating" in text or "\nOn instance" in text:
+        return "a value does not fit its schema"
+    return one_line(text.partition("\n")[0])
+
+
+def scrubbed(words: str, conf: Any) -> str:
+    """Return the words, at most 500 characters, with every value of the conf that occurs in them as "***".
+
+    The second net: values of four characters and more, in the spellings of Python and JSON.
+    """
+    words = words[: 4 * MAX_WORDS]
+    for secret in _spellings(conf):
+        if secret in words:
+            words = words.replace(secret, "***")
+    return words[:MAX_WORDS]
+
+
+def _spellings(conf: Any) -> list[str]:
+    found: set[str] = set()
+    todo = [conf]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, dict):
+            todo += value.values()
+        elif isinstance(value, list | tuple):
+            todo += value
+        elif isinstance(value, str):
+            found |= {value, one_line(value), repr(value)[1:-1], json.dumps(value)[1:-1]}
+            found.add(json.dumps(value, ensure_ascii=False)[1:-1])
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found |= {repr(value), json.dumps(value)}
+    return sorted((one for one in found if len(one) >= 4), key=len, reverse=True)

@@ -1,0 +1,193 @@
+"""The REST API of Airflow 2 (`/api/v1`): what to send, and how to read what comes back. Pure functions.
+
+Errors are problem+json: `title`, `status`, `detail`. What Airflow 2 answers 500 to, an illegal run id and a
+body over 1 MB, is refused here before it is sent: a retry would meet the same 500 for ever.
+Measured against 2.11.2; the recordings lie in tests/unit/tasks/airflow/answers/v1.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Final
+from urllib.parse import urlencode
+
+from producers.contract import TriggerRequest, is_run_id
+from producers.errors import DagBroken, DagNotFound, RequestRejected
+from tasks.airflow.answers import (
+    JSON_HEADERS,
+    DagRunExists,
+    Forbidden,
+    NotThisApi,
+    RunView,
+    TokenRefused,
+    clean,
+    instant,
+    json_body,
+    scrubbed,
+    segment,
+    somebody_else,
+    this_run,
+    unavailable,
+)
+from tasks.airflow.connections import ApiVersion
+from tasks.airflow.protocol_v2 import read_found as _read_found
+from tasks.airflow.protocol_v2 import read_version, removed, scheduler_of
+from tasks.http import HttpRequest, HttpResponse
+
+API: Final[ApiVersion] = "v1"
+
+MAX_BODY_BYTES: Final = 1_048_576
+"""The default of `[webserver] allowed_payload_size`, 1.0 MB; beyond it the answer is 500 or 413 in HTML."""
+
+__all__ = ["API", "read_version"]
+
+
+def ask_version() -> HttpRequest:
+    return HttpRequest("GET", "/api/v1/version")
+
+
+def ask_health() -> HttpRequest:
+    return HttpRequest("GET", "/api/v1/health")
+
+
+def ask_whether_accepted() -> HttpRequest:
+    """A cheap question that only somebody with valid credentials gets an answer to."""
+    return HttpRequest("GET", "/api/v1/dags?limit=1")
+
+
+def create_run(request: TriggerRequest, run_id: str, note: str) -> HttpRequest:
+    """Return the POST that makes the run. Raises RequestRejected for what Airflow 2 cannot take.
+
+    `logical_date` and `conf` must be absent where there is none: null is refused.
+    """
+    if request.run_after is not None:
+        raise RequestRejected(
+            400, "run_after: Airflow 2 does not have it; hold the request back with eta instead"
+        )
+    if not is_run_id(run_id):
+        raise RequestRejected(400, "the run id is not one that Airflow takes: A-Z a-z 0-9 _ . ~ : + - only")
+    segment("run id", run_id)
+    body: dict[str, Any] = {"dag_run_id": run_id, "note": note}
+    if request.logical_date is not None:
+        body["logical_date"] = instant(request.logical_date)
+    if request.conf is not None:
+        body["conf"] = request.conf
+    encoded = json_body(body)
+    if len(encoded) > MAX_BODY_BYTES:
+        raise RequestRejected(
+            413,
+            f"the request is {len(encoded)} bytes, and Airflow 2 takes {MAX_BODY_BYTES}: send a reference",
+        )
+    return HttpRequest("POST", f"{_dag(request.dag_id)}/dagRuns", JSON_HEADERS, encoded)
+
+
+def get_run(dag_id: str, run_id: str) -> HttpRequest:
+    return HttpRequest("GET", _run(dag_id, run_id))
+
+
+def find_by_logical_date(dag_id: str, logical_date: datetime) -> HttpRequest:
+    at = instant(logical_date)
+    query = urlencode({"execution_date_gte": at, "execution_date_lte": at, "limit": 1})
+    return HttpRequest("GET", f"{_dag(dag_id)}/dagRuns?{query}")
+
+
+def clear_run(dag_id: str, run_id: str) -> HttpRequest:
+    """Return the POST that has every task of the run run again; without `dry_run: false` nothing happens."""
+    return HttpRequest("POST", f"{_run(dag_id, run_id)}/clear", JSON_HEADERS, json_body({"dry_run": False}))
+
+
+def set_note(dag_id: str, run_id: str, note: str) -> HttpRequest:
+    return HttpRequest("PATCH", f"{_run(dag_id, run_id)}/setNote", JSON_HEADERS, json_body({"note": note}))
+
+
+def read_created(response: HttpResponse, request: TriggerRequest, run_id: str) -> RunView:
+    """Return the run that the POST made. Raises DagRunExists and whatever `refusal` finds."""
+    if response.status in (200, 201):
+        return this_run(response, request.dag_id, run_id, API)
+    words = own_words(response)
+    if response.status == 409 and words is not None:
+        raise DagRunExists(scrubbed(words, request.conf))
+    if response.status == 404 and words is not None and words.startswith("DAG"):
+        raise DagNotFound(request.dag_id, scrubbed(words, request.conf))
+    if response.status == 400 and words is not None and "has import errors" in words:
+        raise DagBroken(request.dag_id, scrubbed(words, request.conf))
+    raise refusal(response, request.conf)
+
+
+def read_run(response: HttpResponse, dag_id: str, run_id: str) -> RunView | None:
+    """Return the run that a GET, clear or note answered with, or None if there is no such run (or DAG)."""
+    if response.status == 200:
+        return this_run(response, dag_id, run_id, API)
+    words = own_words(response)
+    if response.status == 404 and words is not None and words.lower().startswith("dag"):
+        return None
+    raise refusal(response)
+
+
+def read_found(response: HttpResponse) -> str | None:
+    """Return the id of the first run of a list, or None if it is empty, or if there is no such DAG."""
+    if response.status == 200:
+        return _read_found(response)
+    words = own_words(response)
+    if response.status == 404 and words is not None and words.lower().startswith("dag"):
+        return None
+    raise refusal(response)
+
+
+def read_accepted(response: HttpResponse) -> None:
+    """Return if the credentials are accepted. Raises TokenRefused if not, and what `refusal` finds.
+
+    A role that may not even list DAGs cannot be told from wrong credentials, and counts as them.
+    """
+    if response.status == 200 and isinstance(response.json(), dict):
+        return
+    try:
+        raise refusal(response)
+    except Forbidden as exc:
+        raise TokenRefused(exc.words) from None
+
+
+def read_scheduler(response: HttpResponse) -> str | None:
+    """Return the scheduler's status ("healthy", "unhealthy"), or None if it is not told."""
+    return scheduler_of(response.json())
+
+
+def refusal(response: HttpResponse, conf: Any = None) -> Exception:
+    """Return what an answer without success means, whatever was asked.
+
+    TokenRefused (401), Forbidden (403), NotThisApi, AirflowUnavailable, RequestRejected.
+    """
+    status, words = response.status, own_words(response)
+    if status == 404 and words is None:
+        gone = removed(response)
+        return NotThisApi(gone or str(somebody_else(response).reason), sure=gone is not None)
+    if status == 429 or status >= 500:
+        return unavailable(response, scrubbed(words or "", conf))
+    if words is None or status not in (400, 401, 403, 404, 409, 413, 415, 422):
+        return somebody_else(response)
+    if status == 401:
+        return TokenRefused(scrubbed(words, conf))
+    if status == 403:
+        return Forbidden(scrubbed(words, conf))
+    return RequestRejected(status, scrubbed(words, conf))
+
+
+def own_words(response: HttpResponse) -> str | None:
+    """Return what Airflow says in its own form, without what it echoes; None if it is not that form."""
+    answer = response.json()
+    if not isinstance(answer, dict) or answer.get("status") != response.status:
+        return None
+    title, detail = answer.get("title"), answer.get("detail")
+    if not isinstance(title, str):
+        return None
+    # Of what went wrong inside the server the detail may be anything; the title is the kind of error.
+    told = isinstance(detail, str) and detail and response.status < 500
+    return f"{clean(title)}: {clean(detail)}" if told and isinstance(detail, str) else clean(title)
+
+
+def _dag(dag_id: str) -> str:
+    return f"/api/v1/dags/{segment('DAG id', dag_id)}"
+
+
+def _run(dag_id: str, run_id: str) -> str:
+    return f"{_dag(dag_id)}/dagRuns/{segment('run id', run_id)}"

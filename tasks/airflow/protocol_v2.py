@@ -1,0 +1,226 @@
+"""The REST API of Airflow 3 (`/api/v2`): what to send, and how to read what comes back. Pure functions.
+
+An error's `detail` has four shapes: a text, a list of objects (pydantic's), a list of texts, an object (a
+database error's). Readers raise the typed errors; what is not in Airflow's own form is `AirflowUnavailable`.
+Measured against 3.3.2; the recordings lie in tests/unit/tasks/airflow/answers/v2.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from typing import Any, Final
+from urllib.parse import urlencode
+
+from producers.contract import TriggerRequest
+from producers.errors import DagBroken, DagNotFound, RequestRejected
+from tasks.airflow.answers import (
+    JSON_HEADERS,
+    DagRunExists,
+    NotThisApi,
+    RunView,
+    TokenRefused,
+    clean,
+    instant,
+    json_body,
+    scrubbed,
+    segment,
+    somebody_else,
+    this_run,
+    unavailable,
+)
+from tasks.airflow.connections import ApiVersion
+from tasks.http import HttpRequest, HttpResponse
+
+API: Final[ApiVersion] = "v2"
+
+# Starlette's own words for what no route of Airflow's answered: a proxy's rewrite, another application.
+_NOT_AIRFLOWS_WORDS = ("Not Found", "Method Not Allowed", "Internal Server Error")
+
+
+def ask_version() -> HttpRequest:
+    return HttpRequest("GET", "/api/v2/version")
+
+
+def ask_health() -> HttpRequest:
+    return HttpRequest("GET", "/api/v2/monitor/health")
+
+
+def ask_whether_accepted() -> HttpRequest:
+    """A cheap question that only somebody with valid credentials gets an answer to."""
+    return HttpRequest("GET", "/api/v2/dags?limit=1")
+
+
+def create_run(request: TriggerRequest, run_id: str, note: str) -> HttpRequest:
+    """Return the POST that makes the run. `logical_date` must be there, also as null."""
+    body: dict[str, Any] = {
+        "dag_run_id": run_id,
+        "logical_date": instant(request.logical_date) if request.logical_date else None,
+        "note": note,
+    }
+    if request.conf is not None:
+        body["conf"] = request.conf
+    if request.run_after is not None:
+        body["run_after"] = instant(request.run_after)
+    segment("run id", run_id)
+    return HttpRequest("POST", f"{_dag(request.dag_id)}/dagRuns", JSON_HEADERS, json_body(body))
+
+
+def get_run(dag_id: str, run_id: str) -> HttpRequest:
+    return HttpRequest("GET", _run(dag_id, run_id))
+
+
+def find_by_logical_date(dag_id: str, logical_date: datetime) -> HttpRequest:
+    at = instant(logical_date)
+    query = urlencode({"logical_date_gte": at, "logical_date_lte": at, "limit": 1})
+    return HttpRequest("GET", f"{_dag(dag_id)}/dagRuns?{query}")
+
+
+def clear_run(dag_id: str, run_id: str) -> HttpRequest:
+    """Return the POST that has every task of the run run again; without `dry_run: false` nothing happens."""
+    return HttpRequest("POST", f"{_run(dag_id, run_id)}/clear", JSON_HEADERS, json_body({"dry_run": False}))
+
+
+def set_note(dag_id: str, run_id: str, note: str) -> HttpRequest:
+    return HttpRequest(
+        "PATCH", f"{_run(dag_id, run_id)}?update_mask=note", JSON_HEADERS, json_body({"note": note})
+    )
+
+
+def read_version(response: HttpResponse) -> str | None:
+    """Return Airflow's version ("3.3.2"), or None if this API does not exist there.
+
+    Raises AirflowUnavailable if the answer does not tell.
+    """
+    answer = response.json()
+    version = answer.get("version") if isinstance(answer, dict) else None
+    if response.status == 200 and isinstance(version, str) and version[:1].isdecimal():
+        return version[:40]
+    if response.status == 404:
+        return None
+    raise unavailable(response) if response.status >= 429 else somebody_else(response)
+
+
+def read_created(response: HttpResponse, request: TriggerRequest, run_id: str) -> RunView:
+    """Return the run that the POST made. Raises DagRunExists and whatever `refusal` finds."""
+    if response.status in (200, 201):
+        return this_run(response, request.dag_id, run_id, API)
+    words = own_words(response)
+    if response.status == 409 and words is not None:
+        raise DagRunExists(scrubbed(words, request.conf))
+    if response.status == 404 and words is not None and re.match(r"(The )?Dag\b", words, re.IGNORECASE):
+        raise DagNotFound(request.dag_id, scrubbed(words, request.conf))
+    if response.status == 400 and words is not None and "has import errors" in words:
+        raise DagBroken(request.dag_id, scrubbed(words, request.conf))
+    raise refusal(response, request.conf)
+
+
+def read_run(response: HttpResponse, dag_id: str, run_id: str) -> RunView | None:
+    """Return the run that a GET, clear or note answered with, or None if there is no such run (or DAG)."""
+    if response.status == 200:
+        return this_run(response, dag_id, run_id, API)
+    words = own_words(response)
+    if response.status == 404 and words is not None and re.search(r"\bDag", words, re.IGNORECASE):
+        return None
+    raise refusal(response)
+
+
+def read_found(response: HttpResponse) -> str | None:
+    """Return the id of the first run of a list, or None if it is empty."""
+    if response.status != 200:
+        words = own_words(response)
+        if response.status == 404 and words is not None and re.search(r"\bDag", words, re.IGNORECASE):
+            return None
+        raise refusal(response)
+    answer = response.json()
+    runs = answer.get("dag_runs") if isinstance(answer, dict) else None
+    if not isinstance(runs, list):
+        raise somebody_else(response)
+    return next((run["dag_run_id"] for run in runs if isinstance(run, dict) and "dag_run_id" in run), None)
+
+
+def read_accepted(response: HttpResponse) -> None:
+    """Return if the credentials are accepted, whatever else they may not do. Raises what `refusal` finds."""
+    if response.status == 200 and isinstance(response.json(), dict):
+        return
+    try:
+        raise refusal(response)
+    except RequestRejected as exc:
+        if exc.status != 403:
+            raise
+
+
+def read_scheduler(response: HttpResponse) -> str | None:
+    """Return the scheduler's status ("healthy", "unhealthy"), or None if it is not told."""
+    return scheduler_of(response.json())
+
+
+def scheduler_of(health: Any) -> str | None:
+    scheduler = health.get("scheduler") if isinstance(health, dict) else None
+    status = scheduler.get("status") if isinstance(scheduler, dict) else None
+    return status if isinstance(status, str) else None
+
+
+def refusal(response: HttpResponse, conf: Any = None) -> Exception:
+    """Return what an answer without success means, whatever was asked.
+
+    TokenRefused, NotThisApi, AirflowUnavailable, RequestRejected.
+    """
+    status, words = response.status, own_words(response)
+    if status == 404:
+        gone = removed(response)
+        if gone is not None or words is None:
+            return NotThisApi(gone or str(somebody_else(response).reason), sure=gone is not None)
+    if status == 429 or status >= 500:
+        return unavailable(response, scrubbed(words or "", conf))
+    if words is None or status < 400 or status not in (400, 401, 403, 404, 409, 413, 415, 422):
+        return somebody_else(response)
+    if status == 401 or (status == 403 and "Invalid JWT token" in words):
+        return TokenRefused(scrubbed(words, conf))
+    return RequestRejected(status, scrubbed(words, conf))
+
+
+def removed(response: HttpResponse) -> str | None:
+    """Return Airflow 3's words for a path of Airflow 2, or None if it is another answer."""
+    answer = response.json()
+    error = answer.get("error") if isinstance(answer, dict) else None
+    return error[:200] if isinstance(error, str) and "Airflow 3" in error else None
+
+
+def own_words(response: HttpResponse) -> str | None:
+    """Return what Airflow says in its own form, without what it echoes; None if it is not that form."""
+    answer = response.json()
+    detail = answer.get("detail") if isinstance(answer, dict) else None
+    match detail:
+        case str() if detail not in _NOT_AIRFLOWS_WORDS:
+            return clean(detail)
+        case list() if detail and all(
+            isinstance(one, dict) and isinstance(one.get("msg"), str) for one in detail
+        ):
+            return "; ".join(_validation(one) for one in detail[:5])
+        case list() if detail and all(isinstance(one, str) for one in detail):
+            return "; ".join(clean(one) for one in detail[:5])
+        case {"reason": str() as reason}:
+            # Its statement and orig_error hold values where [api] expose_stacktrace is on.
+            logged = re.search(r"look for ID (\w{1,20})", str(detail.get("message")))
+            return clean(reason) + (f" (see the API server's log, ID {logged[1]})" if logged else "")
+        case _:
+            return None
+
+
+def _validation(problem: dict[str, Any]) -> str:
+    """One of pydantic's problems: where and what, not the `input`, nor the `ctx` that quotes it.
+
+    Of the place only the field of the body: deeper are keys of the conf.
+    """
+    place = problem.get("loc")
+    names = [str(part) for part in place[1:2]] if isinstance(place, list) else []
+    return ": ".join([*names, clean(problem["msg"])])
+
+
+def _dag(dag_id: str) -> str:
+    return f"/api/v2/dags/{segment('DAG id', dag_id)}"
+
+
+def _run(dag_id: str, run_id: str) -> str:
+    return f"{_dag(dag_id)}/dagRuns/{segment('run id', run_id)}"
