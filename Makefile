@@ -6,6 +6,9 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.made-from-lock
 VERSION ?= 3
 
+# The system's certificates, as pip, git and curl use them: behind a company's proxy uv's own do not do.
+export UV_SYSTEM_CERTS ?= true
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo demo-check up down worker flower airflow trigger doctor status

@@ -122,6 +122,9 @@ class Environment:
         uv = [sys.executable, "-m", "uv", "--no-progress"]
         # As the caller has it (proxy, index, cache), except what would point uv at another environment.
         env = {k: v for k, v in os.environ.items() if k not in {"VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME"}}
+        env.setdefault(
+            "UV_SYSTEM_CERTS", "true"
+        )  # as pip, git and curl: behind a company's proxy uv's do not do
         venv = str(self.python.parent.parent)
         for command in (
             [*uv, "venv", "--no-python-downloads", "--python", sys.executable, venv],

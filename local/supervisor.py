@@ -148,8 +148,8 @@ def start_worker(env: Mapping[str, str], *, log: Path, node: str = "worker") -> 
 def wait_for_worker(process: Process, redis_url: str) -> None:
     """Wait until a worker answers a ping through Redis, so that it takes tasks. Raises PartFailed."""
     app = Celery("local", set_as_current=False)
-    app.conf.broker_url = redis_url  # CELERY_BROKER_URL in the environment would win over an argument
-    app.conf.broker_connection_retry_on_startup = False
+    # Not as an argument: CELERY_BROKER_URL in the environment would win.
+    app.conf.update(broker_url=redis_url, broker_connection_retry_on_startup=False)
 
     def answers() -> bool:
         replies = app.control.ping(timeout=0.5) or []
