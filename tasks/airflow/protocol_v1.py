@@ -31,15 +31,14 @@ from tasks.airflow.answers import (
 )
 from tasks.airflow.connections import ApiVersion
 from tasks.airflow.protocol_v2 import read_found as _read_found
-from tasks.airflow.protocol_v2 import read_version, removed, scheduler_of
+from tasks.airflow.protocol_v2 import read_version as read_version  # the answer is the same
+from tasks.airflow.protocol_v2 import removed, scheduler_of
 from tasks.http import HttpRequest, HttpResponse
 
 API: Final[ApiVersion] = "v1"
 
 MAX_BODY_BYTES: Final = 1_048_576
 """The default of `[webserver] allowed_payload_size`, 1.0 MB; beyond it the answer is 500 or 413 in HTML."""
-
-__all__ = ["API", "read_version"]
 
 
 def ask_version() -> HttpRequest:

@@ -190,7 +190,7 @@ def removed(response: HttpResponse) -> str | None:
 def own_words(response: HttpResponse) -> str | None:
     """Return what Airflow says in its own form, without what it echoes; None if it is not that form."""
     answer = response.json()
-    detail = answer.get("detail") if isinstance(answer, dict) else None
+    detail: Any = answer.get("detail") if isinstance(answer, dict) else None
     match detail:
         case str() if detail not in _NOT_AIRFLOWS_WORDS:
             return clean(detail)
