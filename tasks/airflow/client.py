@@ -126,18 +126,18 @@ class AirflowClient:
             lambda api, response: api.read_found(response),
         )
 
-    def clear_dag_run(self, dag_id: str, run_id: str) -> RunView | None:
-        """Have all tasks of a run run again; return the run, now queued, or None if it is gone."""
-        return self._ask(
+    def clear_dag_run(self, dag_id: str, run_id: str) -> None:
+        """Have all tasks of a run run again. Raises RequestRejected(404) if the run is gone."""
+        self._ask(
             lambda api: api.clear_run(dag_id, run_id),
-            lambda api, response: api.read_run(response, dag_id, run_id),
+            lambda api, response: _not_gone(api.read_run(response, dag_id, run_id)),
         )
 
-    def set_note(self, dag_id: str, run_id: str, note: str) -> RunView | None:
-        """Replace the run's note, of up to 1000 characters; return the run, or None if it is gone."""
-        return self._ask(
+    def set_note(self, dag_id: str, run_id: str, note: str) -> None:
+        """Replace the run's note, of up to 1000 characters. Raises RequestRejected(404) if the run is gone."""
+        self._ask(
             lambda api: api.set_note(dag_id, run_id, note),
-            lambda api, response: api.read_run(response, dag_id, run_id),
+            lambda api, response: _not_gone(api.read_run(response, dag_id, run_id)),
         )
 
     def version(self) -> str:
@@ -292,6 +292,11 @@ class AirflowClient:
             return self._search.do(self._find_server).protocol is not server.protocol
         except AirflowUnavailable as exc:
             raise AirflowUnavailable(exc.reason, exc.retry_after_s, not sure) from None
+
+
+def _not_gone(view: RunView | None) -> None:
+    if view is None:
+        raise RequestRejected(404, "the run does not exist any more")
 
 
 def _pinned_wrong(api: ApiVersion) -> str:
