@@ -153,11 +153,11 @@ def run(folder: Path, supervisor: Supervisor, say: Clock, *, stay: bool) -> bool
         print(f"  expected  success, {EXPECTED}")
     print(f"  Flower    {flower_url}   {flower_user} / {flower_password}")
     print(f"  Airflow   {airflow.url}   {airflow.username} / {airflow.password}")
-    print(f"  logs      {os.path.relpath(logs)}, {os.path.relpath(airflow.home / 'logs')}")
-    print(flush=True)
     if stay:
-        print("Ctrl-C ends all of it.", flush=True)
+        print(f"  logs      {os.path.relpath(logs)}, {os.path.relpath(airflow.home / 'logs')}")
+        print("\nCtrl-C ends all of it.", flush=True)
         supervisor.watch()
+    print(flush=True)
     return ok
 
 
