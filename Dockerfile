@@ -13,9 +13,7 @@ RUN groupadd --gid 10001 dagrelay \
 
 WORKDIR /app
 
-# Made by:
-#   uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
-#     --extra worker --extra flower -c requirements.lock pyproject.toml -o requirements-worker.lock
+# What workers and Flower need of requirements.lock, by hash; made by `make lock`.
 COPY requirements-worker.lock ./
 RUN pip install --no-cache-dir --no-deps --require-hashes -r requirements-worker.lock
 
