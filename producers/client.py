@@ -23,7 +23,7 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
-from .contract import QUEUE_TRIGGERS, TRIGGER_DAG, Asked, TriggerRequest
+from .contract import HOP_S, QUEUE_TRIGGERS, TRIGGER_DAG, Asked, TriggerRequest
 from .errors import BrokerUnavailable, ConfigurationError, InvalidRequest
 from .handle import Handle
 from .settings import ProducerSettings, read_settings
@@ -36,10 +36,6 @@ PRIORITY_SEPARATOR = "\x06\x16"
 """kombu keeps a priority of a queue in a list of its own: `queue`, `queue\\x06\\x163`, …"""
 
 PRIORITY_STEPS = (0, 3, 6, 9)
-
-HOP_S = 25.0
-"""A message waits at the most so long at a time in a worker: less than half its visibility timeout, after
-which Redis would deliver it a second time. A longer wait is done in hops (`tasks/app.py`)."""
 
 
 def new_task_id() -> str:
@@ -113,9 +109,6 @@ class RelayClient:
         run_id = request.run_id_for(task_id)
         message = request.to_message()
         message["asked"] = asked.to_message()
-        shown = request.shown()
-        if request.dag_run_id is None:
-            shown += f", run_id={run_id!r}"
         callbacks = {
             "callbacks": _signatures(link, "link"),
             "errbacks": _signatures(link_error, "link_error"),
@@ -129,8 +122,9 @@ class RelayClient:
                 queue=QUEUE_TRIGGERS,
                 kwargs=message,
                 embed={**callbacks, "chain": None, "chord": None},
-                kwargsrepr=shown,
+                kwargsrepr=request.shown(task_id),
                 eta=_iso(now + min(delay_s, HOP_S)) if delay_s else None,
+                not_before=now + delay_s if delay_s > HOP_S else None,
                 expires=_iso(_expires_at(now, expires)) if expires is not None else None,
                 priority=priority,
                 origin=self.settings.client_name,
@@ -186,6 +180,7 @@ def _envelope(
     embed: Mapping[str, Any],
     kwargsrepr: str,
     eta: str | None,
+    not_before: float | None,
     expires: str | None,
     priority: int,
     origin: str,
@@ -207,6 +202,7 @@ def _envelope(
                 "id": task_id,
                 "shadow": None,
                 "eta": eta,
+                "not_before": not_before,
                 "expires": expires,
                 "group": None,
                 "group_index": None,

@@ -63,6 +63,11 @@ MAX_NOTE_LENGTH: Final = 700
 
 GIVE_UP_AFTER_S: Final = 86_400.0
 
+HOP_S: Final = 25.0
+"""How long a worker holds a message that is not due yet: less than half the default visibility timeout,
+after which Redis would deliver it a second time. A longer wait is done in hops, by the header
+``not_before`` (seconds since 1970)."""
+
 _RUN_ID = re.compile(r"[A-Za-z0-9_.~:+-]+\Z")
 # Airflow's own prefixes: the API answers 400 to a run id that begins with one of them.
 _RESERVED_RUN_IDS = ("scheduled__", "backfill__", "asset_triggered__", "dataset_triggered__")
@@ -328,12 +333,12 @@ class TriggerRequest(_Request):
             return plain
         return f"relay__{uuid.uuid5(_KEY_NAMESPACE, plain)}"
 
-    def shown(self) -> str:
+    def shown(self, task_id: str) -> str:
         """Return the request as Flower and logs may show it: of the conf only its keys and size."""
-        parts = [f"{self.dag_id!r}"]
+        parts = [f"dag_id={self.dag_id!r}", f"run_id={self.run_id_for(task_id)!r}"]
         if self.conf is not None:
             parts.append(f"conf=<{conf_summary(self.conf)}>")
-        for name in ("key", "dag_run_id", "logical_date", "run_after", "connection", "if_exists"):
+        for name in ("key", "logical_date", "run_after", "connection", "if_exists"):
             value = getattr(self, name)
             if value != type(self).model_fields[name].default:
                 parts.append(f"{name}={str(value)!r}")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery.canvas import Signature
 
-from .contract import QUEUE_TRIGGERS, TriggerRequest
+from .contract import QUEUE_TRIGGERS, TriggerRequest, shown_message
 
 if TYPE_CHECKING:
     from .stubs import TaskStub
@@ -38,11 +38,12 @@ class RelaySignature(Signature):
 
 def signature(stub: TaskStub[Any], request: TriggerRequest, *, immutable: bool) -> RelaySignature:
     """Return a signature for a checked request; what Flower may show of it travels with it."""
+    message = request.to_message()
     made = RelaySignature(
         stub.name,
         args=(),
-        kwargs=request.to_message(),
-        options={"queue": QUEUE_TRIGGERS, "argsrepr": "()", "kwargsrepr": request.shown()},
+        kwargs=message,
+        options={"queue": QUEUE_TRIGGERS, "argsrepr": "()", "kwargsrepr": shown_message(message)},
         immutable=immutable,
     )
     made._stub = stub

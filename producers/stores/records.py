@@ -10,7 +10,8 @@ task            caller       the Celery task's name
 dag_id …        caller       dag_id, dag_run_id, key, connection, by: what was asked, never the conf
 accepted_at     caller       when it was accepted
 due_at          caller       from when on it counts (accepted_at plus the caller's countdown)
-attempts        worker       finished attempts
+attempts        worker       attempts that asked Airflow and are over, the last one included
+retried         worker       the number of the newest retry that is in Redis; older copies are stale
 next_at         worker       when the next attempt is due
 unsure          worker       1 once an answer was lost: a run may exist
 missing_since   worker       since when Airflow says that the DAG is missing or broken
@@ -139,6 +140,7 @@ redis.call('HSET', record, 'state', ARGV[3], unpack(ARGV, 7))
 if ARGV[3] == 'waiting' then
   redis.call('HSET', record, 'next_at', string.format('%.6f', now + ARGV[4]))
 else
+  if ARGV[3] ~= 'cancelled' and ARGV[6] == '0' then redis.call('HINCRBY', record, 'attempts', 1) end
   redis.call('HSET', record, ARGV[6] == '1' and 'corrected_at' or 'ended_at', string.format('%.6f', now))
   if ARGV[6] == '1' then redis.call('HDEL', record, 'error', 'error_args') end
   redis.call('HDEL', record, 'next_at')
@@ -164,6 +166,7 @@ class Record:
     accepted_at: float | None = None
     due_at: float | None = None
     attempts: int = 0
+    retried: int = 0
     next_at: float | None = None
     unsure: bool = False
     held_s: float = 0.0
@@ -289,6 +292,7 @@ class Records:
             ended_at=_number(found.get("ended_at")),
             corrected_at=_number(found.get("corrected_at")),
             attempts=int(found.get("attempts", 0)),
+            retried=int(found.get("retried", 0)),
             unsure=found.get("unsure") == "1",
             held_s=float(found.get("held_s", 0)),
             error_args=json.loads(found["error_args"]) if found.get("error_args") else None,

@@ -1,0 +1,79 @@
+"""Celery's own settings for the workers and Flower, each followed by its reason.
+
+What differs from one installation to the next comes from the environment, by `tasks/settings.py`.
+"""
+
+from kombu import Exchange, Queue
+
+from producers.contract import QUEUE_JOBS, QUEUE_LOOKS, QUEUE_TRIGGERS
+from tasks.settings import settings
+
+_settings = settings()
+
+
+def _verified(url: str) -> str:
+    """Return a rediss:// URL that verifies the server's certificate unless it says otherwise.
+
+    kombu's default for the broker is not to verify it, with no more than a line in the log.
+    """
+    if url.startswith("rediss://") and "ssl_cert_reqs" not in url:
+        return url + ("&" if "?" in url else "?") + "ssl_cert_reqs=required"
+    return url
+
+
+broker_url = _verified(_settings.redis_url)
+result_backend = "tasks.results:RecordedBackend+" + broker_url
+# The record of a request and its result are one write: see tasks/results.py.
+
+broker_transport_options = {
+    # A message whose worker died comes back after this long; longer than any single attempt
+    # (connect 3 s + read 10 s, three requests), shorter than an operator's patience.
+    "visibility_timeout": _settings.visibility_timeout_s,
+    # kombu looks for such messages every 10 × 10 s by default.
+    "unacked_restore_interval": 1,
+    "unacked_restore_throttle": 1,
+    # Own names: under kombu's defaults our short timeout would run the tasks of other Celery apps in
+    # the same database a second time.
+    "unacked_key": "dagrelay:unacked",
+    "unacked_index_key": "dagrelay:unacked_index",
+    "unacked_mutex_key": "dagrelay:unacked_mutex",
+    "socket_timeout": 5,  # kombu's default is to wait for ever for a Redis that does not answer
+    "socket_connect_timeout": 2,
+    "socket_keepalive": True,
+    "health_check_interval": 10,
+    "client_name": "dagrelay-worker",
+}
+redis_socket_timeout = 5  # the same for results
+redis_socket_connect_timeout = 2
+redis_retry_on_timeout = True  # every write of ours may be repeated
+broker_connection_retry_on_startup = True
+broker_connection_max_retries = None  # a worker outlives any outage of Redis
+
+# Each with an exchange of its own: under a shared one, one message would go to all three.
+task_queues = [
+    Queue(name, Exchange(name), routing_key=name) for name in (QUEUE_TRIGGERS, QUEUE_JOBS, QUEUE_LOOKS)
+]
+task_default_queue = QUEUE_TRIGGERS
+task_create_missing_queues = False  # a misspelt -Q is an error, not a queue that nobody fills
+
+task_acks_late = True  # a message is acknowledged when its successor is in Redis, never before
+task_reject_on_worker_lost = True  # prefork: a killed child leaves its message to the visibility timeout
+task_serializer = result_serializer = event_serializer = "json"
+accept_content = result_accept_content = ["json"]  # nothing else is ever decoded
+result_expires = _settings.result_ttl_s
+result_extended = False  # it would keep the raw arguments, conf and all, beside the result
+task_ignore_result = False  # `.get()` and chords read them
+task_send_sent_event = False  # one more event for each task, and it says nothing new
+task_track_started = False
+
+worker_pool = "threads"  # a worker waits for HTTP: a thread costs 0.1 MB for it, a process 60
+worker_concurrency = _settings.concurrency
+worker_prefetch_multiplier = 1  # what one worker holds back, another could do
+worker_send_task_events = True  # what Flower shows
+worker_hijack_root_logger = False
+worker_redirect_stdouts = False
+worker_cancel_long_running_tasks_on_connection_loss = False  # it still runs; its late acknowledgement counts
+worker_enable_remote_control = True  # Flower asks the workers by it
+
+timezone = "UTC"
+enable_utc = True

@@ -1,0 +1,216 @@
+"""The command `dagrelay`: trigger a DAG, see how a request stands, find out what is wrong.
+
+Exit codes are those of sysexits.h, so that a shell or cron can tell what to do: 0 accepted (or all is
+well), 65 the request is wrong, 75 Redis did not take it (try again, with the same key), 78 the
+configuration is wrong, 1 the request failed (with --wait) or a check of the doctor did.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import wraps
+from pathlib import Path
+from typing import Any, NoReturn, ParamSpec, TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+import click
+
+from .client import RelayClient
+from .contract import TriggerRequest
+from .errors import BrokerUnavailable, ConfigurationError, DagrelayError, InvalidRequest
+from .settings import read_settings
+
+EX_FAILED, EX_DATAERR, EX_TEMPFAIL, EX_NOPERM, EX_CONFIG = 1, 65, 75, 77, 78
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _told(command: Callable[P, R]) -> Callable[P, R]:
+    """End a command with one line on stderr and the exit code of what went wrong."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except InvalidRequest as exc:
+            _fail(str(exc), EX_DATAERR)
+        except BrokerUnavailable as exc:
+            _fail(str(exc), EX_TEMPFAIL)
+        except ConfigurationError as exc:
+            _fail("\n".join(exc.mistakes), EX_CONFIG)
+        except DagrelayError as exc:
+            _fail(f"{type(exc).__name__}: {exc}", EX_FAILED)
+
+    return run
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    for line in text.splitlines():
+        click.echo(f"dagrelay: {line}", err=True)
+    sys.exit(code)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="dagrelay")
+def main() -> None:
+    """Start Airflow DAG runs through Dagrelay's workers, and see how they fare.
+
+    DAGRELAY_REDIS_URL names the Redis of the workers.
+    """
+
+
+@main.command()
+@click.argument("dag_id")
+@click.option("--conf", help="The run's conf: a JSON object, @FILE, or - for standard input.")
+@click.option("--key", help="Makes repeated requests one run: use it wherever a command may run twice.")
+@click.option("--run-id", "dag_run_id", help="The run id, instead of one made from the key or the task id.")
+@click.option("--logical-date", help="The run's logical date, ISO 8601 with its time zone.")
+@click.option("--run-after", help="Airflow 3 holds the run back until then; ISO 8601 with its time zone.")
+@click.option("--note", help="Shown with the run in Airflow.")
+@click.option("--connection", help="Which Airflow, as the workers name it.  [default: default]")
+@click.option("--if-exists", type=click.Choice(["reuse", "fail", "clear", "skip"]), help="[default: reuse]")
+@click.option("--give-up-after", "give_up_after_s", type=float, help="Seconds to go on trying.")
+@click.option("--countdown", type=float, help="Seconds to wait before the first attempt.")
+@click.option("--wait", is_flag=True, help="Wait until the run exists, and print it as JSON.")
+@click.option("--timeout", type=float, help="With --wait: seconds to wait at the most.")
+@_told
+def trigger(
+    conf: str | None, countdown: float | None, wait: bool, timeout: float | None, **given: Any
+) -> None:
+    """Start one run of DAG_ID; print the task id of the accepted request."""
+    fields = {name: value for name, value in given.items() if value is not None}
+    if conf is not None:
+        fields["conf"] = _json_object(conf)
+    request = TriggerRequest(**fields)
+    handle = RelayClient().enqueue(request, countdown=countdown)
+    click.echo(handle.id)
+    if wait:
+        click.echo(json.dumps(handle.get(timeout).to_message(), indent=2))
+
+
+def _json_object(given: str) -> Any:
+    """Return the conf that was given as text, @file or -. Raises InvalidRequest."""
+    try:
+        if given == "-":
+            given = sys.stdin.read()
+        elif given.startswith("@"):
+            given = Path(given[1:]).read_text()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise InvalidRequest(f"--conf: {given} cannot be read ({type(exc).__name__})") from exc
+    try:
+        return json.loads(given)
+    except ValueError as exc:
+        # Without the text itself, which may hold a secret.
+        where = f" at character {exc.pos}" if isinstance(exc, json.JSONDecodeError) else ""
+        raise InvalidRequest(f"--conf: is no JSON{where}: give an object such as '{{\"day\": 1}}'") from None
+
+
+@main.command()
+@click.argument("task_id")
+@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@_told
+def status(task_id: str, output: str) -> None:
+    """Show what is on record of a request: its state, its times, its attempts, its end and why."""
+    found = RelayClient().record(task_id)
+    if found is None:
+        _fail(f"no request with the id {task_id} is on record", EX_FAILED)
+    if output == "json":
+        click.echo(json.dumps(found.to_json(), indent=2))
+        return
+    for name, value in found.to_json().items():
+        if name.endswith("_at") and isinstance(value, float):
+            value = datetime.fromtimestamp(value, UTC).isoformat(timespec="milliseconds")
+        elif name in ("run", "error_args"):
+            value = json.dumps(value)
+        click.echo(f"{name:14} {value}")
+
+
+@main.command()
+@_told
+def doctor() -> None:
+    """Show the settings that are in force, secrets masked, and try everything they name."""
+    settings = read_settings()
+    ok = True
+    shown = f"DAGRELAY_REDIS_URL={masked(settings.redis_url)} DAGRELAY_CLIENT_NAME={settings.client_name}"
+    _say("settings", True, shown)
+    client = RelayClient(settings)
+    ok &= _check_redis(client)
+    ok &= _check_workers(settings.redis_url)
+    worker_part = Path("tasks/doctor.py")
+    if worker_part.exists():
+        # A process of its own: this package never imports the workers' code.
+        ok &= subprocess.run([sys.executable, "-m", "tasks.doctor"], check=False).returncode == 0
+    else:
+        click.echo("     airflow      not tried here: run `dagrelay doctor` where the workers' code lies")
+    sys.exit(0 if ok else EX_FAILED)
+
+
+def _check_redis(client: RelayClient) -> bool:
+    """Try Redis, and say what its configuration promises."""
+    from .client import told_as_unavailable
+
+    try:
+        with told_as_unavailable():
+            info: dict[str, Any] = client.redis.info()
+    except BrokerUnavailable as exc:
+        _say("redis", False, exc.reason)
+        return False
+    server = info.get("server_name", "redis")
+    version = info.get("valkey_version") or info.get("redis_version")
+    _say("redis", True, f"{server} {version}, {info.get('used_memory_human')} used")
+    ok = True
+    durable = bool(info.get("aof_enabled"))
+    _say(
+        "appendonly",
+        durable,
+        "yes: at most the last second is lost when the whole machine dies"
+        if durable
+        else "no: what was accepted is lost when Redis restarts; set appendonly yes",
+    )
+    ok &= durable
+    policy = str(info.get("maxmemory_policy", "unknown"))
+    _say(
+        "maxmemory",
+        policy == "noeviction",
+        policy if policy == "noeviction" else f"{policy}: Redis may drop requests; set noeviction",
+    )
+    return ok and policy == "noeviction"
+
+
+def _check_workers(redis_url: str) -> bool:
+    """Ask which workers answer. Needs Celery, which is imported here only."""
+    from celery import Celery
+
+    app = Celery("dagrelay-doctor", broker=redis_url, set_as_current=False)
+    app.conf.update(broker_url=redis_url)  # the environment's CELERY_BROKER_URL would go before the argument
+    app.conf.broker_transport_options = {"socket_timeout": 2, "socket_connect_timeout": 2}
+    try:
+        answers = app.control.ping(timeout=1.0)
+    except Exception as exc:  # noqa: BLE001 - kombu raises what the connection raised, of many kinds
+        _say("workers", False, f"could not be asked ({type(exc).__name__})")
+        return False
+    names = sorted(name for answer in answers or [] for name in answer)
+    _say("workers", bool(names), ", ".join(names) or "none answers: start one with `make worker`")
+    return bool(names)
+
+
+def _say(what: str, ok: bool, text: str) -> None:
+    click.echo(f"{'ok  ' if ok else 'BAD '} {what:12} {text}")
+
+
+def masked(url: str) -> str:
+    """Return a URL with its password replaced by stars."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""The Celery app of the workers, and the base of their tasks.
+
+What the base adds to Celery's, for every task of ours:
+
+- Nothing is acknowledged before its successor is in Redis. Celery throws a message away when the retry
+  that should follow it cannot be published, and marks a task failed when its end cannot be written; here
+  such a message stays unacknowledged, and its lease (the visibility timeout) brings it back.
+- What Flower and the logs show of the arguments is made again by us for every message, received or
+  published: a plain retry would show the conf, and so would a message of somebody else.
+- A wait longer than a worker should hold a message is done in hops.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+from billiard.einfo import ExceptionInfo
+from celery import Celery, Task, signals
+from celery.app.trace import TraceInfo, trace_ok_t
+from celery.exceptions import Reject, Retry
+from celery.states import REJECTED
+from celery.utils.log import get_logger
+from celery.worker.request import Request
+from kombu.transport.virtual import QoS
+from redis.exceptions import RedisError
+
+from producers.contract import HOP_S, shown_message
+from producers.errors import ConfigurationError, DagrelayError
+from producers.stores.records import Records
+
+from .results import NotHandedOver, RecordedBackend
+from .settings import settings
+
+if TYPE_CHECKING:
+    from redis import Redis
+
+log = get_logger("dagrelay.task")
+
+
+class RelayRequest(Request):
+    """One message in a worker's hands."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        shown = self._task.shown(self._args, self._kwargs, self.id)
+        self._argsrepr, self._kwargsrepr = "()", shown
+        # The trace that logs the outcome reads these.
+        self._request_dict["argsrepr"], self._request_dict["kwargsrepr"] = "()", shown
+
+    def reject(self, requeue: bool = False) -> None:
+        """Leave a message that is to come back unacknowledged; reject the others as Celery does.
+
+        To put it back on its queue at once would be a hot loop, and where Redis takes no writes it cannot
+        be put back at all. The lease brings it back; only the prefetch slot is freed here.
+        """
+        if not requeue:
+            super().reject(requeue=False)
+            return
+        if not self.acknowledged:
+            self.acknowledged = True
+            QoS.ack(self._message.channel.qos, self._message.delivery_tag)
+            self.send_event("task-rejected", requeue=True)
+
+    def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
+        try:
+            self._task.on_revoked(self)
+            super()._announce_revoked(reason, terminated, signum, expired)
+        except (NotHandedOver, RedisError) as exc:  # outside a pool, where nobody would catch it
+            log.warning("revocation not written task_id=%s: %s", self.id, exc)
+            self.reject(requeue=True)
+
+
+class RelayTask(Task[Any, Any]):
+    """The base of our tasks."""
+
+    abstract = True
+    Request = "tasks.app:RelayRequest"
+    acks_late = True
+    max_retries = None  # a deadline ends a request, never a count
+    shared = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it. What it could not read from Redis or write there leaves its message unacknowledged."""
+        try:
+            return self.run(*args, **kwargs)
+        except RedisError as exc:
+            raise NotHandedOver(f"Redis: {exc}") from exc
+
+    def shown(self, args: Any, kwargs: Any, task_id: str) -> str:
+        """Return the arguments as Flower and logs may show them."""
+        return shown_message(kwargs) if isinstance(kwargs, dict) else ""
+
+    def on_revoked(self, request: RelayRequest) -> None:
+        """Do what a cancelled (or expired) message needs, before its end is written."""
+
+    def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
+        """Go on waiting when the message has come only a hop of its way."""
+        left = (self.request.get("not_before") or 0) - time.time()
+        if left > 0.5:
+            raise self.retry(countdown=left)
+
+    def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+        """Publish it, with what may be shown of its arguments and nothing else."""
+        shown = self.shown(args, kwargs or {}, options.get("task_id") or "")
+        options["argsrepr"], options["kwargsrepr"] = "()", shown
+        return super().apply_async(args, kwargs, **options)
+
+    def retry(self, *, countdown: float, exc: Exception | None = None, **options: Any) -> Retry:
+        """Publish the next attempt, due in `countdown` seconds, and return the exception to raise.
+
+        Raises NotHandedOver when Redis does not take it.
+        """
+        self.request.next_in_s = countdown
+        if countdown > HOP_S:
+            options["headers"] = {"not_before": time.time() + countdown}
+            countdown = HOP_S
+        try:
+            return super().retry(countdown=countdown, exc=exc, throw=False, **options)
+        except Reject as exc:
+            raise NotHandedOver(f"the retry of {self.request.id} could not be published: {exc}") from exc
+
+    # Celery's worker sets this on every task; what it sets is wrapped.
+    @property
+    def __trace__(self) -> Callable[..., Any] | None:
+        return self.__dict__.get("_trace")
+
+    @__trace__.setter
+    def __trace__(self, tracer: Callable[..., Any] | None) -> None:
+        self.__dict__["_trace"] = _keep_unfinished(tracer) if tracer else None
+
+
+def _keep_unfinished(tracer: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap Celery's tracer so that whatever escapes it leaves the message unacknowledged.
+
+    What escapes it is a write to Redis that failed after the task's own code had ended. The thread pool
+    would drop such an exception, and the request with it.
+    """
+
+    def trace(uuid: str, args: Any, kwargs: Any, request: Any = None) -> Any:
+        try:
+            return tracer(uuid, args, kwargs, request)
+        except MemoryError:
+            raise
+        except Exception as exc:  # noqa: BLE001 - of whichever kind: the cause is kept and said
+            kept = exc if isinstance(exc, NotHandedOver) else NotHandedOver(repr(exc))
+            log.warning("not acknowledged, comes back task_id=%s: %s", uuid, kept.reason)
+            try:
+                raise kept
+            except NotHandedOver:
+                return trace_ok_t(ExceptionInfo(internal=True), TraceInfo(REJECTED, kept), 0.0, None)
+
+    return trace
+
+
+def _make_app() -> Celery[Any]:
+    try:
+        settings()
+    except ConfigurationError as exc:
+        for mistake in exc.mistakes:
+            print(f"dagrelay: {mistake}", file=sys.stderr)  # noqa: T201 - there is no log yet
+        raise SystemExit(78) from None  # EX_CONFIG
+    made = Celery("dagrelay", task_cls=RelayTask, set_as_current=True)
+    made.config_from_object("celeryconfig")
+    return made
+
+
+app = _make_app()
+
+
+def store_client() -> Redis:
+    """Return the worker's Redis client for the stores: the result backend's, one pool for the process."""
+    return backend().client
+
+
+def backend() -> RecordedBackend:
+    """Return the worker's result backend."""
+    return cast(RecordedBackend, app.backend)
+
+
+def records() -> Records:
+    """Return the records in the worker's Redis."""
+    return Records(store_client())
+
+
+@signals.setup_logging.connect
+def _set_up_logging(loglevel: Any = None, **_: Any) -> None:
+    """Log to stderr, one line per outcome, key=value.
+
+    Celery's pool logs whole messages, conf and all, at DEBUG: that one stays at INFO whatever is asked.
+    """
+    level = logging.getLevelNamesMapping()[settings().log_level]
+    if isinstance(loglevel, int):  # Celery's option says WARNING when it is not given: what tells more counts
+        level = min(level, loglevel)
+    logging.basicConfig(
+        level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
+    )
+    for chatty in ("celery.pool", "celery.concurrency", "kombu", "amqp", "urllib3"):
+        logging.getLogger(chatty).setLevel(max(logging.INFO, logging.getLogger().level))
+
+
+@signals.worker_init.connect
+def _say_what_is_served(**_: Any) -> None:
+    for connection in settings().connections.values():
+        log.info("connection id=%s url=%s", connection.id, connection.base_url)
+    if not settings().connections:
+        log.error("no connection to any Airflow: set AIRFLOW_CONN_DEFAULT")
+
+
+def said(exc: BaseException) -> str:
+    """Return an error's words where it is ours, and only its class where it is not: it may quote a value."""
+    return str(exc) if isinstance(exc, DagrelayError) else type(exc).__name__

@@ -1,0 +1,151 @@
+"""The Celery result backend that keeps the record of a request together with its result.
+
+Every state of a task passes here: a retry, the end, a revocation. Result and record are written by one
+script (`producers.stores.records.STORE`), so there is never a result without its record, nor an end
+without its reason. What cannot be written raises NotHandedOver: the message is then not acknowledged,
+and comes back.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import Any
+
+from celery import states
+from celery.backends.redis import RedisBackend
+from celery.exceptions import Reject
+from celery.utils.log import get_logger
+
+from producers.contract import TRIGGER_DAG, TriggerRequest
+from producers.errors import OutcomeUnknown, error_from
+from producers.stores.records import State, store
+
+log = get_logger("dagrelay.results")
+
+
+class NotHandedOver(Reject):
+    """What was to follow a message could not be written to Redis, so the message stays unacknowledged.
+
+    A Reject, because Celery lets only that pass from every place where it writes something.
+    """
+
+    def __init__(self, reason: str = "", requeue: bool = True) -> None:
+        super().__init__(reason, requeue=True)
+        self.reason = reason
+
+
+_STATES: dict[str, State] = {
+    states.SUCCESS: "done",
+    states.FAILURE: "failed",
+    states.REVOKED: "cancelled",
+    states.RETRY: "waiting",
+}
+
+
+class RecordedBackend(RedisBackend):
+    """Redis results as Celery has them, each with its record."""
+
+    thread_safe = True  # redis-py's pool is, and nothing else is shared; else each thread has a pool
+
+    def _store_result(
+        self,
+        task_id: str,
+        result: Any,
+        state: str,
+        traceback: str | None = None,
+        request: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        meta = self._get_result_meta(result=result, state=state, traceback=traceback, request=request)
+        meta["task_id"] = task_id
+        try:
+            if state in _STATES:
+                self.store_with_record(task_id, meta, request)
+            else:
+                self.set(self.get_key_for_task(task_id), self.encode(meta))
+        except Exception as exc:
+            if state not in states.READY_STATES:
+                # Its message is in Redis already, and that is what counts.
+                log.warning("state not written task_id=%s state=%s: %s", task_id, state, exc)
+                return result
+            raise NotHandedOver(f"the end of {task_id} could not be written: {exc}") from exc
+        return result
+
+    def correct(self, task_id: str, result: dict[str, Any]) -> bool:
+        """Replace an end that was OutcomeUnknown by the run that was found; tell whether it was one."""
+        meta = self._get_result_meta(result=result, state=states.SUCCESS, traceback=None, request=None)
+        return self.store_with_record(task_id, {**meta, "task_id": task_id}, None, correct=True)
+
+    def store_with_record(
+        self, task_id: str, meta: dict[str, Any], request: Any, *, correct: bool = False
+    ) -> bool:
+        """Write a result and its record in one step; tell whether it changed anything."""
+        state, result = _STATES[meta["status"]], meta["result"]
+        found = _of_request(request) | _of_outcome(state, result)
+        next_in_s = 0.0
+        if state == "waiting":
+            found = {name: value for name, value in found.items() if not name.startswith("error")}
+            found["retried"] = str((getattr(request, "retries", None) or 0) + 1)
+            next_in_s = getattr(request, "next_in_s", None) or 0.0
+        elif state == "cancelled" and getattr(request, "unsure", False):
+            found |= _cancelled_unsure(found)
+        return store(
+            self.client,
+            task_id,
+            result=self.encode(meta),
+            result_ttl_s=self.expires,
+            state=state,
+            found=found,
+            next_in_s=next_in_s,
+            correct=correct,
+        )
+
+    def on_chord_part_return(
+        self, request: Any, state: str, result: Any, propagate: Any = None, **kwargs: Any
+    ) -> None:
+        """Count a chord's part; what cannot be counted leaves the message unacknowledged."""
+        try:
+            super().on_chord_part_return(request, state, result, propagate, **kwargs)
+        except Reject:
+            raise
+        except Exception as exc:
+            raise NotHandedOver(f"the chord of {request.id} could not be told: {exc}") from exc
+
+
+def _cancelled_unsure(found: dict[str, str]) -> dict[str, str]:
+    """Return the end of a request that was cancelled after an answer of Airflow was lost."""
+    why = f"{found.get('reason')}, after an answer was lost"
+    end = OutcomeUnknown(found.get("dag_id", ""), found.get("dag_run_id", ""), why)
+    return {"error": "OutcomeUnknown", "error_args": json.dumps(end.args), "reason": str(end)}
+
+
+def _of_request(request: Any) -> dict[str, str]:
+    """Return what a request says of itself: it begins the record of one that came past our door."""
+    kwargs = getattr(request, "kwargs", None)
+    if request is None or not isinstance(kwargs, dict):
+        return {}
+    found = {"task": str(getattr(request, "task", None) or "")}
+    if found["task"] == TRIGGER_DAG:
+        for name in ("dag_id", "key", "connection"):
+            if isinstance(kwargs.get(name), str):
+                found[name] = kwargs[name][:512]
+        with suppress(TypeError, ValueError):  # an invalid message has no run id, and ends for that reason
+            found["dag_run_id"] = TriggerRequest.from_message(kwargs).run_id_for(request.id)
+    return {name: value for name, value in found.items() if value}
+
+
+def _of_outcome(state: State, result: Any) -> dict[str, str]:
+    """Return why it waits or how it ended. Results are our own, and hold neither conf nor secret."""
+    if state == "done":
+        run = result if isinstance(result, dict) and "dag_run_id" in result else None
+        return {"reason": "", "run": json.dumps(run)} if run else {"reason": ""}
+    if isinstance(result, dict):  # an exception as Celery keeps it
+        arguments = result.get("exc_message")
+        listed = list(arguments) if isinstance(arguments, list | tuple) else [str(arguments)]
+        return {
+            "error": str(result.get("exc_type")),
+            "error_args": json.dumps(listed, default=str),
+            "reason": str(error_from(str(result.get("exc_type")), listed))[:1000],
+        }
+    return {"reason": str(result)[:1000]}

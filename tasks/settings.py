@@ -1,0 +1,91 @@
+"""The worker's settings: the one place on this side that reads the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from producers.errors import ConfigurationError
+
+from .airflow.connections import AirflowConnection, read_connections
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What a worker needs to know. Durations are in seconds; secrets are not shown."""
+
+    redis_url: str = field(repr=False)
+    connections: Mapping[str, AirflowConnection]
+    concurrency: int = 16
+    visibility_timeout_s: float = 60.0
+    result_ttl_s: int = 86_400
+    log_level: str = "INFO"
+
+
+def _redis_url(environ: Mapping[str, str], mistakes: list[str]) -> str:
+    url = environ.get("DAGRELAY_REDIS_URL", "")
+    path = environ.get("DAGRELAY_REDIS_URL_FILE")
+    if url and path:
+        mistakes.append("DAGRELAY_REDIS_URL and DAGRELAY_REDIS_URL_FILE are both set: unset one of them")
+    elif path:
+        try:
+            url = Path(path).read_text().strip()
+        except (OSError, UnicodeDecodeError) as exc:
+            mistakes.append(f"DAGRELAY_REDIS_URL_FILE cannot be read: {type(exc).__name__}")
+            return ""
+    if not url:
+        mistakes.append(
+            "DAGRELAY_REDIS_URL is not set: give the Redis to work from, e.g. redis://host:6379/0"
+        )
+    elif not url.startswith(("redis://", "rediss://")):
+        mistakes.append(
+            "DAGRELAY_REDIS_URL is no Redis URL: redis://[user:password@]host:port/db, or rediss://"
+        )
+    return url
+
+
+def _number(
+    environ: Mapping[str, str], name: str, default: float, low: float, high: float, mistakes: list[str]
+) -> float:
+    text = environ.get(name, "")
+    if not text:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not low <= value <= high:
+        mistakes.append(f"{name} is {text[:20]!r}: give a number from {low:g} to {high:g}")
+        return default
+    return value
+
+
+def read_settings(environ: Mapping[str, str]) -> WorkerSettings:
+    """Return the settings. Raises ConfigurationError with every mistake at once, by the variable's name."""
+    mistakes: list[str] = []
+    redis_url = _redis_url(environ, mistakes)
+    connections, wrong = read_connections(environ)
+    mistakes += wrong
+    level = environ.get("DAGRELAY_LOG_LEVEL", "INFO").upper()
+    if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        mistakes.append(f"DAGRELAY_LOG_LEVEL is {level[:20]!r}: give DEBUG, INFO, WARNING or ERROR")
+    settings = WorkerSettings(
+        redis_url=redis_url,
+        connections=connections,
+        concurrency=int(_number(environ, "DAGRELAY_WORKER_CONCURRENCY", 16, 1, 512, mistakes)),
+        visibility_timeout_s=_number(environ, "DAGRELAY_VISIBILITY_TIMEOUT_S", 60, 3, 3600, mistakes),
+        result_ttl_s=int(_number(environ, "DAGRELAY_RESULT_TTL_S", 86_400, 60, 30 * 86_400, mistakes)),
+        log_level=level,
+    )
+    if mistakes:
+        raise ConfigurationError(*mistakes)
+    return settings
+
+
+@cache
+def settings() -> WorkerSettings:
+    """Return this process's settings, read once. Raises ConfigurationError."""
+    return read_settings(os.environ)

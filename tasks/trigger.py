@@ -1,0 +1,418 @@
+"""The task trigger_dag: one request becomes one DAG run, delivered once or ten times.
+
+Policy is on top, in `trigger_dag`; the steps are below and know neither Celery nor settings:
+`start_run` asks Airflow, `settle_existing` decides about a run that is there already.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+from celery.exceptions import Ignore, Retry
+from celery.utils.log import get_logger
+
+from producers.contract import (
+    QUEUE_LOOKS,
+    TRIGGER_DAG,
+    VERSION,
+    Asked,
+    DagRun,
+    TriggerRequest,
+    shown_message,
+)
+from producers.errors import (
+    AirflowUnavailable,
+    ConnectionNotConfigured,
+    CredentialsRefused,
+    DagBroken,
+    DagNotFound,
+    GaveUp,
+    InvalidRequest,
+    LogicalDateTaken,
+    OutcomeUnknown,
+    RequestRejected,
+    RunConflict,
+    RunExists,
+    error_from,
+)
+from producers.stores.holds import Holds
+
+from .airflow.client import DagRunExists, RunView, as_dag_run
+from .airflow.clients import airflow_client
+from .airflow.connections import AirflowConnection
+from .app import RelayRequest, RelayTask, app, backend, records, store_client
+from .results import NotHandedOver
+from .settings import settings
+
+log = get_logger("dagrelay.trigger")
+
+BACKOFF_BASE_S = 0.5
+BACKOFF_CAP_S = 20.0
+"""Of full jitter: the wait before attempt n is drawn from 0 to min(cap, base × 2ⁿ), so that the workers of
+an outage do not come back as one."""
+
+MISSING_GRACE_S = 60.0
+"""How long a DAG may be missing or broken: while its file is redeployed, Airflow's processor drops it 1–5 s
+after the change and has it back after its next parse (30 s by default)."""
+
+MISSING_RETRY_S = 5.0
+NEWER_RETRY_S = 60.0
+
+LOOK_UP_FOR_S = 900.0
+"""How long an unknown outcome is looked up after giving up: on an overloaded Airflow 3.3.2, runs of lost
+answers were seen up to six minutes later."""
+
+LOOK_UP_EVERY_S = 30.0
+SETTLE_OUTCOME = "tasks.settle_outcome"
+
+_OURS = re.compile(r"^dagrelay task=(\S+)", re.MULTILINE)  # a clear puts its own line before it
+_CLEARED = re.compile(r"^dagrelay clear=(\S+) was=(\S*)", re.MULTILINE)
+
+
+class Airflow(Protocol):
+    """What the steps need of `tasks.airflow.client.AirflowClient`. Raises as that does."""
+
+    connection: AirflowConnection
+
+    def create_dag_run(self, request: TriggerRequest, run_id: str, note: str) -> RunView: ...
+    def get_dag_run(self, dag_id: str, run_id: str) -> RunView | None: ...
+    def find_run_by_logical_date(self, dag_id: str, logical_date: datetime) -> str | None: ...
+    def clear_dag_run(self, dag_id: str, run_id: str) -> object: ...
+    def set_note(self, dag_id: str, run_id: str, note: str) -> object: ...
+
+
+class TriggerTask(RelayTask):
+    """trigger_dag, as the worker handles its messages."""
+
+    abstract = True
+
+    def shown(self, args: Any, kwargs: Any, task_id: str) -> str:
+        """Return a message as Flower and logs may show it: dag id, run id and key; never a conf's values."""
+        if not isinstance(kwargs, dict):
+            return ""
+        try:
+            merged = _with_positional(tuple(args or ()), kwargs)
+            return TriggerRequest.from_message(merged).shown(task_id)
+        except (InvalidRequest, TypeError):
+            return shown_message(kwargs)
+
+    def on_revoked(self, request: RelayRequest) -> None:
+        """A request cancelled after an answer was lost may have its run: it is looked for."""
+        found = records().get(request.id)
+        if found is not None and found.unsure and not found.ended and found.dag_id and found.dag_run_id:
+            look_up_later(request.id, found.dag_id, found.dag_run_id, found.connection or "default")
+            request.request_dict["unsure"] = True
+
+
+@app.task(name=TRIGGER_DAG, bind=True, base=TriggerTask)
+def trigger_dag(self: Any, *before: Any, **message: Any) -> dict[str, Any]:
+    """Start one Airflow DAG run; delivered twice, it still starts one.
+
+    Keyword arguments: a message as `producers.contract` describes it. A positional argument is the result
+    of the task before it in a chain, and becomes the conf; or dag_id, or dag_id and conf, as clients in
+    other languages send them.
+    """
+    task_id = self.request.id
+    if _newer(message):
+        newer = InvalidRequest(f"needs a worker that knows more than v{VERSION} of the messages")
+        raise _retry(self, newer, NEWER_RETRY_S)
+    again = _again(self)
+    if again is not None:
+        return again
+    request = TriggerRequest.from_message(_with_positional(before, message))
+    asked = Asked.from_message(message.get("asked"), otherwise_at=datetime.now(UTC).timestamp())
+    run_id = request.run_id_for(task_id)
+    connection = settings().connections.get(request.connection)
+    if connection is None:
+        raise ConnectionNotConfigured(request.connection)
+    probing = _wait_if_held(self, connection)
+
+    airflow = airflow_client(connection)
+    try:
+        run = start_run(request, task_id=task_id, asked=asked, airflow=airflow)
+    except CredentialsRefused as exc:
+        Holds(store_client()).hold(connection.id, connection.fingerprint(), exc.words)
+        log.error("connection held, its credentials are refused connection=%s: %s", connection.id, exc.words)
+        _wait_if_held(self, connection)
+        raise _retry(self, exc, MISSING_RETRY_S) from exc  # released in between
+    except (DagNotFound, DagBroken) as exc:
+        so_far = records().attempt_failed(task_id, str(exc), missing=True)
+        if so_far.missing_s >= MISSING_GRACE_S or so_far.age_s >= request.give_up_after_s:
+            raise
+        raise _retry(self, exc, MISSING_RETRY_S) from exc
+    except AirflowUnavailable as exc:
+        lost = exc.unsure or _redelivered(self)
+        so_far = records().attempt_failed(task_id, str(exc), unsure=lost)
+        wait_s = backoff_s(self.request.retries, exc.retry_after_s)
+        if so_far.age_s + wait_s < request.give_up_after_s:
+            raise _retry(self, exc, wait_s) from exc
+        run = _give_up(request, run_id, task_id, airflow, unsure=so_far.unsure, reason=exc.reason)
+    if probing:
+        Holds(store_client()).release(connection.id, connection.fingerprint())
+    log.info(
+        "run %s task_id=%s dag_id=%s run_id=%s connection=%s key=%s attempt=%d",
+        "started" if run.created else "cleared" if run.cleared else "exists",
+        task_id,
+        run.dag_id,
+        run.dag_run_id,
+        run.connection,
+        request.key,
+        self.request.retries + 1,
+    )
+    return run.to_message()
+
+
+@app.task(name=SETTLE_OUTCOME, bind=True, ignore_result=True)
+def settle_outcome(
+    self: Any, *, task_id: str, dag_id: str, dag_run_id: str, connection: str, until: float
+) -> None:
+    """Look for the run of a request that ended with its outcome unknown; if it is there, correct the end.
+
+    `until` is in seconds since 1970. It creates nothing.
+    """
+    known = settings().connections.get(connection)
+    if known is None:
+        return
+    airflow = airflow_client(known)
+    try:
+        view = airflow.get_dag_run(dag_id, dag_run_id)
+    except (AirflowUnavailable, CredentialsRefused, RequestRejected) as exc:
+        log.info("unknown outcome not looked up task_id=%s: %s", task_id, exc)
+        view = None
+    if view is not None:
+        run = as_dag_run(view, known, created=names(view.note, task_id))
+        backend().correct(task_id, run.to_message())
+        log.info("unknown outcome corrected task_id=%s dag_id=%s run_id=%s", task_id, dag_id, dag_run_id)
+    elif datetime.now(UTC).timestamp() < until:
+        raise self.retry(countdown=LOOK_UP_EVERY_S)
+    else:
+        log.warning("outcome stays unknown task_id=%s dag_id=%s run_id=%s", task_id, dag_id, dag_run_id)
+
+
+def start_run(request: TriggerRequest, *, task_id: str, asked: Asked, airflow: Airflow) -> DagRun:
+    """Bring the run about and return it; called again for the same request, it is the same run.
+
+    Raises what `AirflowClient.create_dag_run` raises, and RunConflict, RunExists or LogicalDateTaken. No
+    permanent verdict without a look at the run id: Airflow checks the DAG, its import errors and its
+    params before it looks whether the run exists, and an earlier attempt may have made it.
+    """
+    run_id = request.run_id_for(task_id)
+    try:
+        view = airflow.create_dag_run(request, run_id, note_for(request, task_id, asked))
+    except DagRunExists:
+        existing = airflow.get_dag_run(request.dag_id, run_id)
+        if existing is not None:
+            return settle_existing(request, existing, task_id=task_id, airflow=airflow)
+        if request.logical_date is not None:
+            holder = airflow.find_run_by_logical_date(request.dag_id, request.logical_date)
+            if holder is not None and holder != run_id:
+                raise LogicalDateTaken(request.dag_id, request.logical_date.isoformat(), holder) from None
+        raise AirflowUnavailable("the run that was in the way is gone again", None, False) from None
+    except RequestRejected:  # DagNotFound and DagBroken among them
+        existing = airflow.get_dag_run(request.dag_id, run_id)
+        if existing is None:
+            raise
+        return settle_existing(request, existing, task_id=task_id, airflow=airflow)
+    return as_dag_run(view, airflow.connection, created=True)
+
+
+def settle_existing(request: TriggerRequest, existing: RunView, *, task_id: str, airflow: Airflow) -> DagRun:
+    """Decide about a run that has our run id: our own earlier attempt, or somebody else's run.
+
+    Raises RunConflict when it differs, RunExists when the request says if_exists="fail".
+    """
+    if names(existing.note, task_id):
+        return as_dag_run(existing, airflow.connection, created=True)
+    if request.if_exists == "skip":
+        return as_dag_run(existing, airflow.connection, created=False)
+    if difference := difference_of(request, existing):
+        raise RunConflict(request.dag_id, existing.run_id, difference)
+    if request.if_exists == "fail":
+        raise RunExists(request.dag_id, existing.run_id, existing.state)
+    if request.if_exists == "clear":
+        return clear_once(existing, task_id=task_id, airflow=airflow)
+    return as_dag_run(existing, airflow.connection, created=False)
+
+
+def clear_once(existing: RunView, *, task_id: str, airflow: Airflow) -> DagRun:
+    """Clear a finished run so that it runs again, once for this request; leave an unfinished one alone.
+
+    Airflow has no key for a clear. So the run's note first says that this request clears it, and which
+    start it saw: found again with another start, or unfinished, the clear has been done.
+    """
+    start = existing.start_date.isoformat() if existing.start_date else "-"
+    mark = _CLEARED.search(existing.note or "")
+    mine = mark is not None and mark.group(1) == task_id
+    if existing.state not in ("success", "failed"):
+        return as_dag_run(existing, airflow.connection, created=False, cleared=mine)
+    if mark is not None and mine and mark.group(2) != start:
+        return as_dag_run(existing, airflow.connection, created=False, cleared=True)
+    if not mine:
+        kept = _CLEARED.sub("", existing.note or "").strip()
+        airflow.set_note(
+            existing.dag_id, existing.run_id, f"dagrelay clear={task_id} was={start}\n{kept}"[:1000]
+        )
+    airflow.clear_dag_run(existing.dag_id, existing.run_id)
+    now = airflow.get_dag_run(existing.dag_id, existing.run_id) or existing
+    return as_dag_run(now, airflow.connection, created=False, cleared=True)
+
+
+def note_for(request: TriggerRequest, task_id: str, asked: Asked) -> str:
+    """Return the run's note: who asked for it, with which key, by which task, when; then the caller's own.
+
+    Provenance only: anyone may edit a note, and Airflow's CLI cannot set one.
+    """
+    at = datetime.fromtimestamp(asked.at, UTC).isoformat(timespec="seconds")
+    ours = f"dagrelay task={task_id} at={at}"
+    if asked.by:
+        ours += f" by={_one_word(asked.by)[:80]}"
+    if request.key:
+        ours += f" key={_one_word(request.key)[:80]}"
+    return f"{ours[:300]}\n\n{request.note}" if request.note else ours[:300]
+
+
+def names(note: str | None, task_id: str) -> bool:
+    """Tell whether a run's note says that this task made it."""
+    return task_id in _OURS.findall((note or "").partition("\n\n")[0])
+
+
+def difference_of(request: TriggerRequest, existing: RunView) -> str:
+    """Return how an existing run differs from what is asked for, without any value, or ""."""
+    if _canonical(request.conf) != _canonical(existing.conf):
+        asked, there = set(request.conf or {}), set(existing.conf or {})
+        if asked != there:
+            return f"another conf (its keys differ in: {', '.join(sorted(asked ^ there))[:200]})"
+        differing = [
+            name
+            for name in sorted(asked)
+            if _canonical((request.conf or {})[name]) != _canonical((existing.conf or {})[name])
+        ]
+        return f"another conf (its values differ under: {', '.join(differing)[:200]})"
+    if request.logical_date is not None and request.logical_date != existing.logical_date:
+        there_at = existing.logical_date.isoformat() if existing.logical_date else "none"
+        return f"another logical date ({there_at})"
+    return ""
+
+
+def backoff_s(retries: int, retry_after_s: float | None = None) -> float:
+    """Return how long to wait before the next attempt: full jitter, and at least what the server asks for."""
+    drawn = random.uniform(0, min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2 ** min(retries, 20)))  # noqa: S311
+    return max(drawn, retry_after_s or 0.0)
+
+
+def _canonical(value: Any) -> Any:
+    """Return a value that is equal for equal JSON: 1 and 1.0 are, 1 and true are not; {} is none at all."""
+    if isinstance(value, dict):
+        return {name: _canonical(item) for name, item in value.items()} or None
+    if isinstance(value, list | tuple):
+        return [_canonical(item) for item in value]
+    if isinstance(value, bool):
+        return ("bool", value)
+    return value
+
+
+def _one_word(text: str) -> str:
+    return re.sub(r"\s+", "_", text)
+
+
+def _newer(message: Mapping[str, Any]) -> bool:
+    version = message.get("v", VERSION)
+    return isinstance(version, int) and version > VERSION
+
+
+def _with_positional(before: tuple[Any, ...], message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the message with what came by position. Raises InvalidRequest when that contradicts it."""
+    merged = dict(message)
+    rest = list(before)
+    if rest and isinstance(rest[0], str):
+        merged.setdefault("dag_id", rest[0])
+        if merged["dag_id"] != rest.pop(0):
+            raise InvalidRequest("dag_id: given by position and by name, and they differ")
+    if rest:
+        conf = rest.pop(0)
+        if conf is not None:
+            if "conf" in merged:
+                raise InvalidRequest("conf: given by position (or by the task before) and by name")
+            merged["conf"] = conf
+    if rest:
+        raise InvalidRequest("at most dag_id and conf may be given by position")
+    return merged
+
+
+def _redelivered(task: Any) -> bool:
+    return bool((task.request.delivery_info or {}).get("redelivered"))
+
+
+def _again(task: Any) -> dict[str, Any] | None:
+    """Decide about a message that may be a copy: say an end once more, drop what a retry has replaced.
+
+    Returns None for a message that is to be worked on.
+    """
+    if not task.request.retries and not _redelivered(task):
+        return None
+    found = records().get(task.request.id)
+    if found is None:
+        return None
+    if found.state == "done" and found.run is not None:
+        return found.run
+    if found.ended:
+        raise error_from(found.error or "TaskFailed", found.error_args or [found.reason or found.state])
+    if found.retried > task.request.retries:
+        log.info("stale copy dropped task_id=%s attempt=%d", task.request.id, task.request.retries + 1)
+        raise Ignore
+    return None
+
+
+def _retry(task: Any, exc: Exception, wait_s: float) -> Retry:
+    log.info("waits task_id=%s for_s=%.1f: %s", task.request.id, wait_s, exc)
+    retry: Retry = task.retry(countdown=wait_s, exc=exc)
+    return retry
+
+
+def _wait_if_held(task: Any, connection: AirflowConnection) -> bool:
+    """Raise Retry while the connection is held; tell whether this request is the one to find out."""
+    left_s = Holds(store_client()).ask(connection.id, connection.fingerprint())
+    if left_s > 0:
+        wait_s = left_s + random.uniform(0, 5)  # noqa: S311
+        reason = CredentialsRefused(connection.id, "the connection is held until its credentials are mended")
+        records().attempt_failed(task.request.id, str(reason), held_s=wait_s)
+        raise _retry(task, reason, wait_s)
+    return left_s < 0
+
+
+def _give_up(
+    request: TriggerRequest, run_id: str, task_id: str, airflow: Airflow, *, unsure: bool, reason: str
+) -> DagRun:
+    """End a request whose time is over: look once more, then raise GaveUp or OutcomeUnknown."""
+    if not unsure:
+        raise GaveUp(request.give_up_after_s, reason)
+    try:
+        existing = airflow.get_dag_run(request.dag_id, run_id)
+    except (AirflowUnavailable, CredentialsRefused, RequestRejected):
+        existing = None
+    if existing is not None:
+        return settle_existing(request, existing, task_id=task_id, airflow=airflow)
+    look_up_later(task_id, request.dag_id, run_id, request.connection)
+    raise OutcomeUnknown(request.dag_id, run_id, reason)
+
+
+def look_up_later(task_id: str, dag_id: str, run_id: str, connection: str) -> None:
+    """Publish the task that looks for a run after the request has ended. Raises NotHandedOver."""
+    try:
+        settle_outcome.apply_async(
+            kwargs={
+                "task_id": task_id,
+                "dag_id": dag_id,
+                "dag_run_id": run_id,
+                "connection": connection,
+                "until": datetime.now(UTC).timestamp() + LOOK_UP_FOR_S,
+            },
+            queue=QUEUE_LOOKS,
+            countdown=2,
+        )
+    except Exception as exc:
+        raise NotHandedOver(f"the look-up of {task_id} could not be published: {exc}") from exc

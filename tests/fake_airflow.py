@@ -1,0 +1,239 @@
+"""An Airflow that is only an HTTP server, with the faults of a real one, on demand.
+
+It speaks enough of the API of Airflow 3 for a worker: version, token, trigger, get, list, clear, note. Runs
+are kept by (dag id, run id), one each, as Airflow's unique constraint keeps them. A fault decides for each
+POST of a run what becomes of it: see `Fault`. For tests and benchmarks; it measures nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Literal
+from urllib.parse import unquote
+
+Fault = Literal[
+    "answer",  # the run is made and the answer given
+    "drop",  # the run is made, and the connection closed without an answer
+    "late",  # the run is made, and the answer comes after `late_s`
+    "500",  # the run is made, and the answer is 500
+    "503",  # nothing is made, and the answer is 503 with Retry-After: 1
+    "429",  # nothing is made, and the answer is 429 with Retry-After: 1
+    "reset",  # nothing is made, and the connection is reset
+    "html",  # nothing is made, and a proxy answers 502 with a page
+]
+
+
+class FakeAirflow:
+    """A server on a free loopback port; `with FakeAirflow() as airflow:`.
+
+    `fault(number, dag_id, run_id)` is asked for each POST of a run, numbered from 1. `runs` maps
+    (dag id, run id) to the run; `posts` counts the POSTs for each. `missing` and `broken` hold DAG ids.
+    """
+
+    username, password, token = "admin", "adminpw", "a-token"
+
+    def __init__(self) -> None:
+        self.runs: dict[tuple[str, str], dict[str, Any]] = {}
+        self.posts: Counter[tuple[str, str]] = Counter()
+        self.post_times: list[float] = []
+        self.confs: list[Any] = []
+        self.fault: Callable[[int, str, str], Fault] = lambda number, dag_id, run_id: "answer"
+        self.late_s = 1.0
+        self.missing: set[str] = set()
+        self.broken: set[str] = set()
+        self.rejecting: dict[str, tuple[int, Any]] = {}
+        self.refuse_credentials = False
+        self.refuse_token = False
+        self.logins = 0
+        self.cleared: Counter[tuple[str, str]] = Counter()
+        self.in_flight = self.most_in_flight = 0
+        self.delay_s = 0.0
+        self._lock = threading.Lock()
+        self._number = 0
+        self._server: ThreadingHTTPServer | None = None
+        self._port = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    @property
+    def conn_uri(self) -> str:
+        return f"http://{self.username}:{self.password}@127.0.0.1:{self._port}"
+
+    def start(self) -> FakeAirflow:
+        """Listen; after a `stop`, on the same port again."""
+        handler = type("Handler", (_Handler,), {"airflow": self})
+        ThreadingHTTPServer.request_queue_size = 256
+        self._server = ThreadingHTTPServer(("127.0.0.1", self._port), handler)
+        self._server.daemon_threads = True
+        self._port = self._server.server_address[1]
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def stop(self) -> None:
+        """Refuse connections; what was made stays."""
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._server = None
+
+    def __enter__(self) -> FakeAirflow:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def make(self, dag_id: str, run_id: str, **given: Any) -> dict[str, Any]:
+        """Put a run there, as somebody else would have."""
+        run = {
+            "dag_id": dag_id,
+            "dag_run_id": run_id,
+            "state": "queued",
+            "conf": {},
+            "logical_date": None,
+            "run_after": datetime.now(UTC).isoformat(),
+            "queued_at": datetime.now(UTC).isoformat(),
+            "start_date": None,
+            "end_date": None,
+            "note": None,
+            "run_type": "manual",
+            **given,
+        }
+        self.runs[dag_id, run_id] = run
+        return run
+
+    def create(self, dag_id: str, body: dict[str, Any]) -> tuple[Fault, int, Any]:
+        """Handle one POST of a run; return the fault, the status and the body of the answer."""
+        run_id = body.get("dag_run_id") or "manual"
+        with self._lock:
+            self._number += 1
+            self.posts[dag_id, run_id] += 1
+            self.post_times.append(time.time())
+            self.confs.append(body.get("conf"))
+            fault = self.fault(self._number, dag_id, run_id)
+            if fault in ("503", "429", "reset", "html"):
+                return fault, int(fault) if fault.isdecimal() else 502, {"detail": "busy"}
+            if dag_id in self.missing:
+                return fault, 404, {"detail": f"Dag with dag_id: '{dag_id}' not found"}
+            if dag_id in self.broken:
+                words = f"Dag with dag_id: '{dag_id}' has import errors and cannot be triggered"
+                return fault, 400, {"detail": words}
+            if dag_id in self.rejecting:
+                return fault, *self.rejecting[dag_id]
+            dates = {run["logical_date"] for (dag, _), run in self.runs.items() if dag == dag_id}
+            date = body.get("logical_date")
+            if (dag_id, run_id) in self.runs or (date is not None and date in dates):
+                return fault, 409, {"detail": {"reason": "Unique constraint violation"}}
+            run = self.make(
+                dag_id, run_id, conf=body.get("conf") or {}, logical_date=date, note=body.get("note")
+            )
+            return fault, 500 if fault == "500" else 200, run if fault != "500" else {"detail": "overload"}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1  # one packet an answer: with two, Nagle and delayed acknowledgement cost 40 ms
+    airflow: FakeAirflow
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def handle_one_request(self) -> None:
+        try:
+            super().handle_one_request()
+        except ConnectionError:
+            self.close_connection = True
+
+    def _reply(self, status: int, body: Any, kind: str = "application/json", **headers: str) -> None:
+        raw = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(raw)))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(raw)
+        self.wfile.flush()
+
+    def _do(self) -> None:
+        airflow = self.airflow
+        raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = json.loads(raw) if raw else {}
+        parts = [unquote(part) for part in self.path.partition("?")[0].strip("/").split("/")]
+        with airflow._lock:
+            airflow.in_flight += 1
+            airflow.most_in_flight = max(airflow.most_in_flight, airflow.in_flight)
+        try:
+            if airflow.delay_s:
+                time.sleep(airflow.delay_s)
+            self._route(self.command, parts, body)
+        finally:
+            with airflow._lock:
+                airflow.in_flight -= 1
+
+    do_GET = do_POST = do_PATCH = _do
+
+    def _route(self, method: str, parts: list[str], body: dict[str, Any]) -> None:
+        airflow = self.airflow
+        match method, parts:
+            case "GET", ["api", "v2", "version"]:
+                self._reply(200, {"version": "3.3.2", "git_version": None})
+            case "POST", ["auth", "token"]:
+                self._reply(*self._log_in(body))
+            case _ if airflow.refuse_token or self.headers.get("Authorization") != f"Bearer {airflow.token}":
+                self._reply(401, {"detail": "Not authenticated"})
+            case "POST", ["api", "v2", "dags", dag_id, "dagRuns"]:
+                self._create(dag_id, body)
+            case "GET", ["api", "v2", "dags", dag_id, "dagRuns"]:
+                found = [run for (dag, _), run in airflow.runs.items() if dag == dag_id]
+                if "logical_date" in self.path:
+                    found = [run for run in found if run["logical_date"]]
+                self._reply(200, {"dag_runs": found, "total_entries": len(found)})
+            case _, ["api", "v2", "dags", dag_id, "dagRuns", run_id, *rest]:
+                run = airflow.runs.get((dag_id, run_id))
+                if run is None:
+                    words = f"The DagRun with dag_id: `{dag_id}` and run_id: `{run_id}` was not found"
+                    self._reply(404, {"detail": words})
+                    return
+                if method == "PATCH":
+                    run |= body
+                elif rest == ["clear"] and body.get("dry_run", True) is False:
+                    airflow.cleared[dag_id, run_id] += 1
+                    run |= {"state": "queued", "start_date": None, "end_date": None}
+                self._reply(200, run)
+            case _:
+                self._reply(404, {"detail": "Not Found"})
+
+    def _log_in(self, body: dict[str, Any]) -> tuple[int, Any]:
+        airflow = self.airflow
+        airflow.logins += 1
+        given = body.get("username"), body.get("password")
+        if airflow.refuse_credentials or given != (airflow.username, airflow.password):
+            return 401, {"detail": "Invalid credentials"}
+        return 201, {"access_token": airflow.token}
+
+    def _create(self, dag_id: str, body: dict[str, Any]) -> None:
+        fault, status, answer = self.airflow.create(dag_id, body)
+        if fault == "late":
+            time.sleep(self.airflow.late_s)
+        if fault == "reset":
+            # SO_LINGER 0: close() then sends RST instead of FIN.
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if fault in ("drop", "reset"):
+            self.close_connection = True
+            self.connection.close()
+            return
+        if fault == "html":
+            self._reply(502, "<html><title>Bad gateway</title></html>", "text/html")
+            return
+        headers = {"Retry_After": "1"} if fault in ("503", "429") else {}
+        self._reply(status, answer, **headers)
