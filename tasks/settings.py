@@ -23,6 +23,13 @@ class WorkerSettings:
     visibility_timeout_s: float = 60.0
     result_ttl_s: int = 86_400
     log_level: str = "INFO"
+    missing_grace_s: float = 60.0
+    """How long a DAG may be missing or broken: while its file is redeployed, Airflow's processor drops it
+    1–5 s after the change and has it back after its next parse (30 s by default)."""
+    look_up_for_s: float = 900.0
+    """How long an unknown outcome is looked up after giving up: on an overloaded Airflow 3.3.2, runs of
+    lost answers were seen up to six minutes later."""
+    look_up_every_s: float = 30.0
 
 
 def _redis_url(environ: Mapping[str, str], mistakes: list[str]) -> str:
@@ -79,6 +86,9 @@ def read_settings(environ: Mapping[str, str]) -> WorkerSettings:
         visibility_timeout_s=_number(environ, "DAGRELAY_VISIBILITY_TIMEOUT_S", 60, 3, 3600, mistakes),
         result_ttl_s=int(_number(environ, "DAGRELAY_RESULT_TTL_S", 86_400, 60, 30 * 86_400, mistakes)),
         log_level=level,
+        missing_grace_s=_number(environ, "DAGRELAY_MISSING_GRACE_S", 60, 0, 86_400, mistakes),
+        look_up_for_s=_number(environ, "DAGRELAY_LOOK_UP_FOR_S", 900, 0, 86_400, mistakes),
+        look_up_every_s=_number(environ, "DAGRELAY_LOOK_UP_EVERY_S", 30, 1, 3600, mistakes),
     )
     if mistakes:
         raise ConfigurationError(*mistakes)

@@ -55,18 +55,9 @@ BACKOFF_CAP_S = 20.0
 """Of full jitter: the wait before attempt n is drawn from 0 to min(cap, base × 2ⁿ), so that the workers of
 an outage do not come back as one."""
 
-MISSING_GRACE_S = 60.0
-"""How long a DAG may be missing or broken: while its file is redeployed, Airflow's processor drops it 1–5 s
-after the change and has it back after its next parse (30 s by default)."""
-
 MISSING_RETRY_S = 5.0
 NEWER_RETRY_S = 60.0
 
-LOOK_UP_FOR_S = 900.0
-"""How long an unknown outcome is looked up after giving up: on an overloaded Airflow 3.3.2, runs of lost
-answers were seen up to six minutes later."""
-
-LOOK_UP_EVERY_S = 30.0
 SETTLE_OUTCOME = "tasks.settle_outcome"
 
 _OURS = re.compile(r"^dagrelay task=(\S+)", re.MULTILINE)  # a clear puts its own line before it
@@ -141,9 +132,9 @@ def trigger_dag(self: Any, *before: Any, **message: Any) -> dict[str, Any]:
         raise _retry(self, exc, MISSING_RETRY_S) from exc  # released in between
     except (DagNotFound, DagBroken) as exc:
         so_far = records().attempt_failed(task_id, str(exc), missing=True)
-        if so_far.missing_s >= MISSING_GRACE_S or so_far.age_s >= request.give_up_after_s:
+        if so_far.missing_s >= settings().missing_grace_s or so_far.age_s >= request.give_up_after_s:
             raise
-        raise _retry(self, exc, MISSING_RETRY_S) from exc
+        raise _retry(self, exc, min(MISSING_RETRY_S, settings().missing_grace_s)) from exc
     except AirflowUnavailable as exc:
         lost = exc.unsure or _redelivered(self)
         so_far = records().attempt_failed(task_id, str(exc), unsure=lost)
@@ -188,7 +179,7 @@ def settle_outcome(
         backend().correct(task_id, run.to_message())
         log.info("unknown outcome corrected task_id=%s dag_id=%s run_id=%s", task_id, dag_id, dag_run_id)
     elif datetime.now(UTC).timestamp() < until:
-        raise self.retry(countdown=LOOK_UP_EVERY_S)
+        raise self.retry(countdown=settings().look_up_every_s)
     else:
         log.warning("outcome stays unknown task_id=%s dag_id=%s run_id=%s", task_id, dag_id, dag_run_id)
 
@@ -409,7 +400,7 @@ def look_up_later(task_id: str, dag_id: str, run_id: str, connection: str) -> No
                 "dag_id": dag_id,
                 "dag_run_id": run_id,
                 "connection": connection,
-                "until": datetime.now(UTC).timestamp() + LOOK_UP_FOR_S,
+                "until": datetime.now(UTC).timestamp() + settings().look_up_for_s,
             },
             queue=QUEUE_LOOKS,
             countdown=2,
