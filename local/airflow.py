@@ -109,16 +109,16 @@ class Environment:
             self.log.unlink(missing_ok=True)
             began = time.monotonic()
             progress(f"installing Airflow {self.release} (once; about 130 packages, 200 MB)")
-            self._install()
+            self._install(progress)
             progress(f"preparing the database of Airflow {self.release} (once)")
-            self._make_database()
+            self._make_database(progress)
             stamp.write_text(self._stamp)
             progress(f"Airflow {self.release} is installed ({time.monotonic() - began:.0f} s)")
 
     def _is(self, stamp: Path) -> bool:
         return stamp.exists() and stamp.read_text() == self._stamp
 
-    def _install(self) -> None:
+    def _install(self, progress: Progress) -> None:
         uv = [sys.executable, "-m", "uv", "--no-progress"]
         # As the caller has it (proxy, index, cache), except what would point uv at another environment.
         env = {k: v for k, v in os.environ.items() if k not in {"VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME"}}
@@ -131,9 +131,10 @@ class Environment:
             [*uv, "pip", "sync", "--require-hashes", "--python", str(self.python), str(self.lock)],
         ):
             process = Process(command, log=self.log, env=env, cwd=STATE, name="uv")
-            run_to_end(process, timeout_s=INSTALL_TIMEOUT_S, what=f"install Airflow {self.release}")
+            what = f"install Airflow {self.release}"
+            run_to_end(process, timeout_s=INSTALL_TIMEOUT_S, what=what, progress=progress)
 
-    def _make_database(self) -> None:
+    def _make_database(self, progress: Progress) -> None:
         home = self.folder / "making"
         home.mkdir()
         postgres = Postgres(self.database.with_name("pgdata.new"), log=self.log)
@@ -150,9 +151,8 @@ class Environment:
                 process = Process(
                     [self.python, "-m", "airflow", *command], log=self.log, env=env, name="airflow"
                 )
-                run_to_end(
-                    process, timeout_s=MIGRATE_TIMEOUT_S, what=f"run `airflow {' '.join(command[:2])}`"
-                )
+                what = f"run `airflow {' '.join(command[:2])}`"
+                run_to_end(process, timeout_s=MIGRATE_TIMEOUT_S, what=what, progress=progress)
         finally:
             postgres.stop()
         postgres.data.rename(self.database)

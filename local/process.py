@@ -26,6 +26,9 @@ Progress = Callable[[str], None]
 PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "SSL_CERT_FILE")
 
 
+STILL_WAITING_S = 10.0
+
+
 class PartFailed(RuntimeError):
     """A part did not start, or ended by itself. The text holds the end of its log."""
 
@@ -154,19 +157,24 @@ class Process:
             time.sleep(every_s)
 
 
-def run_to_end(process: Process, *, timeout_s: float, what: str) -> None:
+def run_to_end(process: Process, *, timeout_s: float, what: str, progress: Progress = quiet) -> None:
     """Wait until a command has ended well. Raises PartFailed, saying `what` could not be done.
 
-    Whatever interrupts the waiting ends the command too.
+    Says every 10 s that it still waits. Whatever interrupts the waiting ends the command too.
     """
+    began = time.monotonic()
+    code = None
     try:
-        code = process.wait(timeout_s)
-    except TimeoutError:
-        process.kill()
-        raise process.failure(f"could not {what} within {timeout_s:g} s") from None
-    except BaseException:
-        process.kill()
-        raise
+        while code is None and (waited_s := time.monotonic() - began) < timeout_s:
+            if waited_s >= STILL_WAITING_S:
+                progress(f"still at it: {what} ({waited_s:.0f} s)")
+            with contextlib.suppress(TimeoutError):
+                code = process.wait(min(STILL_WAITING_S, timeout_s - waited_s))
+    finally:
+        if code is None:
+            process.kill()
+    if code is None:
+        raise process.failure(f"could not {what} within {timeout_s:g} s")
     if code != 0:
         raise process.failure(f"could not {what}: ended with {code}")
 
