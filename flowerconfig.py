@@ -20,6 +20,7 @@ Every name here that is one of Flower's options sets it; an option on the comman
 from __future__ import annotations
 
 import os
+import sys
 
 from flower.views.monitor import Metrics
 from tornado.web import authenticated
@@ -30,7 +31,7 @@ YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0", "")
 
 
 def read_settings(environ: dict[str, str]) -> dict[str, object]:
-    """Return Flower's options from the environment. Raises SystemExit naming every mistake, and no secret."""
+    """Return Flower's options from the environment. Prints every mistake by name, and ends."""
     mistakes: list[str] = []
 
     user = environ.get("DAGRELAY_FLOWER_USER") or "dagrelay"
@@ -60,7 +61,9 @@ def read_settings(environ: dict[str, str]) -> dict[str, object]:
         mistakes.append("DAGRELAY_FLOWER_PORT: a number from 0 (any free one) to 65535")
 
     if mistakes:
-        raise SystemExit("Flower does not start: " + "; ".join(mistakes))
+        for mistake in mistakes:
+            print(f"dagrelay: {mistake}", file=sys.stderr)  # noqa: T201 - there is no log yet
+        raise SystemExit(78)  # EX_CONFIG, as the worker
     return {
         "port": int(port_text),
         "address": environ.get("DAGRELAY_FLOWER_ADDRESS") or "127.0.0.1",

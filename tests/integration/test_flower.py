@@ -289,7 +289,7 @@ def test_without_a_password_flower_ends_at_once_and_says_why(stack):
         timeout=START_TIMEOUT_S,
         check=False,
     )
-    assert result.returncode != 0
+    assert result.returncode == 78  # EX_CONFIG
     assert "DAGRELAY_FLOWER_PASSWORD" in result.stderr
     assert "Traceback" not in result.stderr
     assert REDIS_PASSWORD not in result.stdout + result.stderr
