@@ -30,6 +30,10 @@ class WorkerSettings:
     """How long an unknown outcome is looked up after giving up: on an overloaded Airflow 3.3.2, runs of
     lost answers were seen up to six minutes later."""
     look_up_every_s: float = 30.0
+    retry_cap_s: float = 20.0
+    """The longest wait between two attempts; what Airflow asks for by Retry-After goes beyond it."""
+    hold_probe_s: float = 30.0
+    """How often a connection whose credentials were refused is tried again, by one request."""
 
 
 def _redis_url(environ: Mapping[str, str], mistakes: list[str]) -> str:
@@ -89,6 +93,8 @@ def read_settings(environ: Mapping[str, str]) -> WorkerSettings:
         missing_grace_s=_number(environ, "DAGRELAY_MISSING_GRACE_S", 60, 0, 86_400, mistakes),
         look_up_for_s=_number(environ, "DAGRELAY_LOOK_UP_FOR_S", 900, 0, 86_400, mistakes),
         look_up_every_s=_number(environ, "DAGRELAY_LOOK_UP_EVERY_S", 30, 1, 3600, mistakes),
+        retry_cap_s=_number(environ, "DAGRELAY_RETRY_CAP_S", 20, 0.1, 3600, mistakes),
+        hold_probe_s=_number(environ, "DAGRELAY_HOLD_PROBE_S", 30, 1, 3600, mistakes),
     )
     if mistakes:
         raise ConfigurationError(*mistakes)

@@ -126,7 +126,7 @@ def trigger_dag(self: Any, *before: Any, **message: Any) -> dict[str, Any]:
     try:
         run = start_run(request, task_id=task_id, asked=asked, airflow=airflow)
     except CredentialsRefused as exc:
-        Holds(store_client()).hold(connection.id, connection.fingerprint(), exc.words)
+        _holds().hold(connection.id, connection.fingerprint(), exc.words)
         log.error("connection held, its credentials are refused connection=%s: %s", connection.id, exc.words)
         _wait_if_held(self, connection)
         raise _retry(self, exc, MISSING_RETRY_S) from exc  # released in between
@@ -138,12 +138,12 @@ def trigger_dag(self: Any, *before: Any, **message: Any) -> dict[str, Any]:
     except AirflowUnavailable as exc:
         lost = exc.unsure or _redelivered(self)
         so_far = records().attempt_failed(task_id, str(exc), unsure=lost)
-        wait_s = backoff_s(self.request.retries, exc.retry_after_s)
+        wait_s = backoff_s(self.request.retries, exc.retry_after_s, settings().retry_cap_s)
         if so_far.age_s + wait_s < request.give_up_after_s:
             raise _retry(self, exc, wait_s) from exc
         run = _give_up(request, run_id, task_id, airflow, unsure=so_far.unsure, reason=exc.reason)
     if probing:
-        Holds(store_client()).release(connection.id, connection.fingerprint())
+        _holds().release(connection.id, connection.fingerprint())
     log.info(
         "run %s task_id=%s dag_id=%s run_id=%s connection=%s key=%s attempt=%d",
         "started" if run.created else "cleared" if run.cleared else "exists",
@@ -289,9 +289,9 @@ def difference_of(request: TriggerRequest, existing: RunView) -> str:
     return ""
 
 
-def backoff_s(retries: int, retry_after_s: float | None = None) -> float:
+def backoff_s(retries: int, retry_after_s: float | None = None, cap_s: float = BACKOFF_CAP_S) -> float:
     """Return how long to wait before the next attempt: full jitter, and at least what the server asks for."""
-    drawn = random.uniform(0, min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2 ** min(retries, 20)))  # noqa: S311
+    drawn = random.uniform(0, min(cap_s, BACKOFF_BASE_S * 2 ** min(retries, 20)))  # noqa: S311
     return max(drawn, retry_after_s or 0.0)
 
 
@@ -364,9 +364,13 @@ def _retry(task: Any, exc: Exception, wait_s: float) -> Retry:
     return retry
 
 
+def _holds() -> Holds:
+    return Holds(store_client(), settings().hold_probe_s)
+
+
 def _wait_if_held(task: Any, connection: AirflowConnection) -> bool:
     """Raise Retry while the connection is held; tell whether this request is the one to find out."""
-    left_s = Holds(store_client()).ask(connection.id, connection.fingerprint())
+    left_s = _holds().ask(connection.id, connection.fingerprint())
     if left_s > 0:
         wait_s = left_s + random.uniform(0, 5)  # noqa: S311
         reason = CredentialsRefused(connection.id, "the connection is held until its credentials are mended")

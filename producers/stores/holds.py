@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from redis import Redis
 
 PROBE_EVERY_S: Final = 30.0
-"""How often one request may find out whether a held connection works again."""
+"""How often one request may find out whether a held connection works again, unless the worker's settings say
+otherwise."""
 
 FORGET_S: Final = 86_400
 """A hold that nobody renews is about credentials that nobody uses any more."""
@@ -45,16 +46,17 @@ return '-1'
 class Holds:
     """The holds in one Redis. Every method is one round trip and raises what redis-py raises."""
 
-    def __init__(self, client: Redis) -> None:
+    def __init__(self, client: Redis, probe_every_s: float = PROBE_EVERY_S) -> None:
         self._client = client
+        self._probe_every_s = probe_every_s
 
     def hold(self, connection: str, fingerprint: str, reason: str) -> None:
-        """Hold a connection for another `PROBE_EVERY_S`."""
-        _SET.run(self._client, (_key(connection, fingerprint),), (reason, PROBE_EVERY_S, FORGET_S))
+        """Hold a connection until it is time to find out."""
+        _SET.run(self._client, (_key(connection, fingerprint),), (reason, self._probe_every_s, FORGET_S))
 
     def ask(self, connection: str, fingerprint: str) -> float:
         """Return how many seconds to wait: 0 for no hold, and -1 when this caller is the one to find out."""
-        left = _ASK.run(self._client, (_key(connection, fingerprint),), (PROBE_EVERY_S,))
+        left = _ASK.run(self._client, (_key(connection, fingerprint),), (self._probe_every_s,))
         return float(left)
 
     def release(self, connection: str, fingerprint: str) -> None:
