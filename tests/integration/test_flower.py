@@ -1,7 +1,7 @@
 """Flower shows what was asked and how it went, to those who may know it, and no secret to anybody.
 
-Real parts: an embedded Valkey with a password, a worker, Flower with the project's own settings, and a small
-HTTP server in Airflow's place. In a browser where there is one.
+Real parts: an embedded Valkey with a password, a worker, Flower with the project's own settings, a browser
+where there is one; and a fake Airflow that echoes what it was sent.
 """
 
 from __future__ import annotations
@@ -12,82 +12,48 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from celery import Celery
 from redis import Redis
 
 from local.process import ROOT, Process, clean_env, free_port
 from local.valkey import Valkey
-from producers import RelayClient, TriggerRequest
+from producers import AirflowError, RelayClient, TriggerRequest
 from producers.settings import ProducerSettings
 from tests import browser
+from tests.fake_airflow import FakeAirflow
 from tests.parts import need
+from tests.worker import Worker
 
 pytestmark = pytest.mark.integration
 
 START_TIMEOUT_S = 60.0
 # Each its own, so that a leak says what leaked.
-CONF_VALUE, AIRFLOW_TOKEN = "kanarienvogel-conf-7f3a", "kanarienvogel-token-51c2"
-REDIS_PASSWORD, FLOWER_PASSWORD = "kanarienvogel-redis-9e0d", "kanarienvogel,flower:b64 4"
-SECRETS = (CONF_VALUE, AIRFLOW_TOKEN, REDIS_PASSWORD, FLOWER_PASSWORD)
+CONF_VALUE, REDIS_PASSWORD = "kanarienvogel-conf-7f3a", "kanarienvogel-redis-9e0d"
+AIRFLOW_PASSWORD, AIRFLOW_TOKEN = "kanarienvogel-airflow-2b77", "kanarienvogel-token-51c2"
+FLOWER_PASSWORD = "kanarienvogel,flower:b64 4"  # with what Flower, a login and a shell might split
+SECRETS = (CONF_VALUE, REDIS_PASSWORD, AIRFLOW_PASSWORD, AIRFLOW_TOKEN, FLOWER_PASSWORD)
 DAG_ID, KEY = "daily_sales", "sales-2026-11-20"
+REJECTED_DAG_ID = "picky"
 LOGIN = f"dagrelay:{FLOWER_PASSWORD}"
-
-
-class AirflowStandIn(BaseHTTPRequestHandler):
-    """Says yes to every trigger, in the words of Airflow 3, and echoes the conf as Airflow does."""
-
-    def do_GET(self) -> None:
-        self.answer(200, {"version": "3.3.2", "git_version": None})
-
-    def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
-        self.answer(
-            200,
-            {
-                "dag_id": DAG_ID,
-                "dag_run_id": asked.get("dag_run_id"),
-                "logical_date": None,
-                "queued_at": "2026-11-20T06:00:00Z",
-                "run_after": "2026-11-20T06:00:00Z",
-                "run_type": "manual",
-                "state": "queued",
-                "triggered_by": "rest_api",
-                "conf": asked.get("conf"),
-                "note": asked.get("note"),
-                "dag_versions": [],
-            },
-        )
-
-    def answer(self, status: int, body: dict[str, object]) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 @dataclass
 class Stack:
-    """What runs, and one request that was done."""
+    """What runs, and what it did: `task_id` was retried and done, of all `task_ids` some have failed."""
 
     flower: Process
-    worker: Process
+    worker: Worker
     url: str
     redis_url: str
     task_id: str
-    folder: Path
+    task_ids: list[str]
 
     def get(self, path: str, login: str | None = LOGIN, method: str = "GET") -> tuple[int, str]:
         """Return status and body, 4xx and 5xx included; redirects are not followed."""
@@ -120,70 +86,71 @@ def up(url: str) -> bool:
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("flower")
-    airflow = ThreadingHTTPServer(("127.0.0.1", 0), AirflowStandIn)
-    threading.Thread(target=airflow.serve_forever, daemon=True).start()
-    connection = {
-        "conn_type": "http",
-        "host": "127.0.0.1",
-        "port": airflow.server_port,
-        "extra": {"token": AIRFLOW_TOKEN},
-    }
     secret = folder / "flower_password"
     secret.write_text(FLOWER_PASSWORD)
-    with Valkey() as valkey:
+    airflow = FakeAirflow()
+    airflow.password, airflow.token = AIRFLOW_PASSWORD, AIRFLOW_TOKEN
+    with airflow, Valkey() as valkey:
         Redis.from_url(valkey.url).config_set("requirepass", REDIS_PASSWORD)
         redis_url = valkey.url.replace("redis://", f"redis://:{REDIS_PASSWORD}@")
-        port = free_port()
-        shared = {"DAGRELAY_REDIS_URL": redis_url}
-        running: list[Process] = []
-        try:
-            celery = [sys.executable, "-m", "celery", "-A", "tasks"]
-            worker = Process(
-                [*celery, "worker"],
-                log=folder / "worker.log",
-                env=clean_env(**shared, AIRFLOW_CONN_DEFAULT=json.dumps(connection)),
-                cwd=ROOT,
-                name="worker",
-                grace_s=30,
-            )
-            running.append(worker)
+        connections = {"default": airflow.conn_uri}
+        # Named as Celery names one by itself, and as the health check expects it.
+        with Worker(redis_url, folder, name="celery", connections=connections) as worker:
+            port = free_port()
+            url = f"http://127.0.0.1:{port}"
             flower = Process(
-                [*celery, "flower", "--conf=flowerconfig.py"],
+                [sys.executable, "-m", "celery", "-A", "tasks", "flower", "--conf=flowerconfig.py"],
                 log=folder / "flower.log",
                 env=clean_env(
-                    **shared, DAGRELAY_FLOWER_PORT=str(port), DAGRELAY_FLOWER_PASSWORD_FILE=str(secret)
+                    DAGRELAY_REDIS_URL=redis_url,
+                    DAGRELAY_FLOWER_PORT=str(port),
+                    DAGRELAY_FLOWER_PASSWORD_FILE=str(secret),
                 ),
                 cwd=ROOT,
                 name="flower",
             )
-            running.append(flower)
-            url = f"http://127.0.0.1:{port}"
-            flower.wait_until(lambda: up(url), timeout_s=START_TIMEOUT_S, what="answering")
-            client = RelayClient(ProducerSettings(redis_url=redis_url, client_name="test-flower"))
-            request = TriggerRequest(DAG_ID, {"password": CONF_VALUE}, key=KEY, note=CONF_VALUE)
-            stack = Stack(flower, worker, url, redis_url, "", folder)
+            try:
+                flower.wait_until(lambda: up(url), timeout_s=START_TIMEOUT_S, what="answering")
+                yield used(Stack(flower, worker, url, redis_url, "", []), airflow)
+            finally:
+                flower.stop()
 
-            def shows(path: str, words: str) -> None:
-                flower.wait_until(
-                    lambda: words in stack.get(path)[1],
-                    timeout_s=START_TIMEOUT_S,
-                    what=f"showing {words} on {path}",
-                    every_s=0.2,
-                )
 
-            # Events come by Pub/Sub, which keeps nothing: first hear the worker, then send the task.
-            shows("/metrics", "flower_worker_online{")
-            shows("/api/workers?refresh=1", "celery@")
-            handle = client.enqueue(request)
-            handle.get(timeout=START_TIMEOUT_S)
-            stack.task_id = handle.id
-            shows("/api/tasks", '"SUCCESS"')
-            yield stack
-        finally:
-            for process in reversed(running):
-                process.stop()
-            airflow.shutdown()
-            airflow.server_close()
+def used(stack: Stack, airflow: FakeAirflow) -> Stack:
+    """Send a few requests and return the stack when Flower shows how they ended."""
+
+    def shows(path: str, *words: str) -> None:
+        stack.flower.wait_until(
+            lambda: all(word in stack.get(path)[1] for word in words),
+            timeout_s=START_TIMEOUT_S,
+            what=f"showing {words} on {path}",
+            every_s=0.2,
+        )
+
+    # Events come by Pub/Sub, which keeps nothing: first hear the worker, then send.
+    shows("/metrics", "flower_worker_online{")
+    shows("/api/workers?refresh=1", "celery@")
+    conf = {"password": CONF_VALUE}
+    airflow.fault = lambda number, dag_id, run_id: "503" if number == 1 else "answer"
+    echo = [{"type": "missing", "loc": ["body", "conf"], "msg": "Field required", "input": conf}]
+    airflow.rejecting[REJECTED_DAG_ID] = (422, {"detail": echo})
+    client = RelayClient(ProducerSettings(redis_url=stack.redis_url, client_name="test-flower"))
+    done = client.enqueue(TriggerRequest(DAG_ID, conf, key=KEY, note=CONF_VALUE))
+    done.get(timeout=START_TIMEOUT_S)
+    assert airflow.posts[DAG_ID, f"relay__{KEY}"] == 2
+    rejected = client.enqueue(TriggerRequest(REJECTED_DAG_ID, conf))
+    with pytest.raises(AirflowError):
+        rejected.get(timeout=START_TIMEOUT_S)
+    # A stock client shows all arguments in its messages; valid, and as no door of ours would take it.
+    stock = Celery(broker=stack.redis_url, set_as_current=False)
+    stock_ids = [
+        stock.send_task("tasks.trigger_dag", kwargs=kwargs, queue="triggers", ignore_result=True).id
+        for kwargs in ({"dag_id": DAG_ID, "conf": conf}, {"dag_id": DAG_ID, "konf": conf, "note": CONF_VALUE})
+    ]
+    stack.task_id, stack.task_ids = done.id, [done.id, rejected.id, *stock_ids]
+    for task_id, state in zip(stack.task_ids, ("SUCCESS", "FAILURE", "SUCCESS", "FAILURE"), strict=True):
+        shows(f"/api/task/info/{task_id}", f'"state": "{state}"')
+    return stack
 
 
 def pages() -> list[tuple[str, str]]:
@@ -255,7 +222,9 @@ def test_no_page_and_no_log_shows_a_secret(stack):
         "/api/workers",
         table,
         *(f"/worker/{name}" for name in workers),
-        *(f"{prefix}/{stack.task_id}" for prefix in ("/task", "/api/task/info", "/api/task/result")),
+        *(f"/task/{task_id}" for task_id in stack.task_ids),
+        *(f"/api/task/info/{task_id}" for task_id in stack.task_ids),
+        *(f"/api/task/result/{task_id}" for task_id in stack.task_ids),
     ]
     for path in paths:
         status, body = stack.get(path)
@@ -265,6 +234,7 @@ def test_no_page_and_no_log_shows_a_secret(stack):
         text = log.read_text()
         assert text
         assert not [secret for secret in SECRETS if secret in text], log.name
+    assert all(task_id in stack.worker.text() for task_id in stack.task_ids)  # it was looked at something
 
 
 def test_no_secret_is_in_the_process_list(stack):
@@ -345,7 +315,7 @@ def test_in_a_browser_the_task_can_be_read_and_its_conf_cannot(stack):
             page.on("request", lambda r: elsewhere.append(r.url) if not r.url.startswith(stack.url) else None)
             page.on("pageerror", lambda error: failed.append(str(error)))
             page.goto(f"{stack.url}/tasks")
-            row = page.locator("#tasks-table tbody tr", has_text=DAG_ID)
+            row = page.locator("#tasks-table tbody tr", has_text=KEY)
             row.first.wait_for(timeout=20_000)
             assert row.count() == 1
             shown = row.inner_text()
