@@ -41,12 +41,19 @@ class FakeAirflow:
     username, password, token = "admin", "adminpw", "a-token"
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._server: ThreadingHTTPServer | None = None
+        self._port = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Be as good as new: no runs, no faults."""
         self.runs: dict[tuple[str, str], dict[str, Any]] = {}
         self.posts: Counter[tuple[str, str]] = Counter()
         self.post_times: list[float] = []
         self.confs: list[Any] = []
         self.fault: Callable[[int, str, str], Fault] = lambda number, dag_id, run_id: "answer"
-        self.late_s = 1.0
+        self.late_s = 2.0
         self.missing: set[str] = set()
         self.broken: set[str] = set()
         self.rejecting: dict[str, tuple[int, Any]] = {}
@@ -56,10 +63,7 @@ class FakeAirflow:
         self.cleared: Counter[tuple[str, str]] = Counter()
         self.in_flight = self.most_in_flight = 0
         self.delay_s = 0.0
-        self._lock = threading.Lock()
         self._number = 0
-        self._server: ThreadingHTTPServer | None = None
-        self._port = 0
 
     @property
     def url(self) -> str:
@@ -113,7 +117,7 @@ class FakeAirflow:
 
     def create(self, dag_id: str, body: dict[str, Any]) -> tuple[Fault, int, Any]:
         """Handle one POST of a run; return the fault, the status and the body of the answer."""
-        run_id = body.get("dag_run_id") or "manual"
+        run_id = body["dag_run_id"]
         with self._lock:
             self._number += 1
             self.posts[dag_id, run_id] += 1
@@ -166,7 +170,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _do(self) -> None:
         airflow = self.airflow
-        raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        length = int(self.headers.get("Content-Length") or 0)
+        raw = self.rfile.read(length)
+        if len(raw) < length:  # the client was killed in the midst of it
+            self.close_connection = True
+            return
         body = json.loads(raw) if raw else {}
         parts = [unquote(part) for part in self.path.partition("?")[0].strip("/").split("/")]
         with airflow._lock:

@@ -1,9 +1,14 @@
-"""Real parts for each test: its own Valkey, its own fake Airflow, its own worker."""
+"""Real parts: a Valkey, a fake Airflow and a worker process.
+
+A test that asks for `worker` gets the ones that its module shares (a worker takes a second and more to
+start), with an Airflow as good as new. Any other test gets its own, and starts workers by `start_worker`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +27,45 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.integration)
 
 
+@dataclass(frozen=True)
+class Shared:
+    valkey: Valkey
+    airflow: FakeAirflow
+    worker: Worker
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    folder = tmp_path_factory.mktemp("shared")
+    with Valkey() as valkey, FakeAirflow() as airflow:
+        connections = {"default": f"{airflow.conn_uri}/?read_timeout_s=1"}
+        # Short where a user's would be long: nobody waits a minute for a test.
+        env = {"DAGRELAY_MISSING_GRACE_S": "1", "DAGRELAY_LOOK_UP_EVERY_S": "1"}
+        with Worker(valkey.url, folder, connections=connections, **env) as worker:
+            yield Shared(valkey, airflow, worker)
+
+
 @pytest.fixture
-def valkey() -> Iterator[Valkey]:
+def worker(shared: Shared) -> Worker:
+    """The worker that this module's tests share."""
+    shared.airflow.forget()
+    return shared.worker
+
+
+@pytest.fixture
+def valkey(request: pytest.FixtureRequest) -> Iterator[Valkey]:
+    if "worker" in request.fixturenames:
+        yield request.getfixturevalue("shared").valkey
+        return
     with Valkey() as server:
         yield server
 
 
 @pytest.fixture
-def airflow() -> Iterator[FakeAirflow]:
+def airflow(request: pytest.FixtureRequest) -> Iterator[FakeAirflow]:
+    if "worker" in request.fixturenames:
+        yield request.getfixturevalue("shared").airflow
+        return
     with FakeAirflow() as server:
         yield server
 
