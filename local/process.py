@@ -16,8 +16,8 @@ from pathlib import Path
 GUARD = Path(__file__).with_name("guard.py")
 ROOT = Path(__file__).resolve().parent.parent
 """The repository: where `tasks`, `producers` and `celeryconfig` are importable from."""
-STATE = ROOT / ".local"
-"""Where everything that is made on this machine lies; `make clean` removes it."""
+STATE = Path(os.environ.get("DAGRELAY_LOCAL_STATE") or ROOT / ".local").resolve()
+"""Where everything that is made on this machine lies. A test that needs a `make up` of its own moves it."""
 
 Progress = Callable[[str], None]
 """Told what is being done now, one short line each."""

@@ -69,7 +69,7 @@ def up() -> None:
         show(read_ready())
         return
     check_environment(os.environ)
-    UP.mkdir(parents=True, exist_ok=True)
+    make_up_folder()
     ensure_flower_password(os.environ)
     READY.unlink(missing_ok=True)
     LOG.unlink(missing_ok=True)
@@ -131,6 +131,7 @@ def down() -> None:
 
 def flower() -> None:
     """Become a Flower in the foreground, with the password that `make up` would give it."""
+    make_up_folder()
     ensure_flower_password(os.environ)
     environment = dict(os.environ) | flower_settings(os.environ)
     take_redis_url(environment)
@@ -286,9 +287,15 @@ def without_password(url: str) -> str:
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
+def make_up_folder() -> None:
+    """Make the folder of the logs, which name runs and keys, for its owner alone."""
+    UP.mkdir(parents=True, exist_ok=True)
+    UP.chmod(0o700)
+
+
 def take_lock() -> IO[str] | None:
     """Hold the lock with our process id in it; None if somebody else holds it."""
-    UP.mkdir(parents=True, exist_ok=True)
+    make_up_folder()
     lock = LOCK.open("a+")
     for attempt in range(10, 0, -1):
         try:
