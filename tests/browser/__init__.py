@@ -14,8 +14,10 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from local.process import STATE
+
 HERE = Path(__file__).parent
-FETCHED = HERE.parents[1] / ".local/browser"
+FETCHED = STATE / "browser"
 FETCH_TIMEOUT_S = 240.0  # 74 MB
 HOW_TO_GET_IT = "set CHROMIUM_PATH, or install chromium, or npm and node: then one is fetched into .local"
 

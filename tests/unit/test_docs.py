@@ -1,0 +1,39 @@
+"""What the documents name is there, and what a user must know is named in them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+README, RUNNING = ROOT / "README.md", ROOT / "docs/running.md"
+VARIABLE = re.compile(r"DAGRELAY_[A-Z_]*[A-Z]")
+
+
+def test_every_setting_is_documented_and_no_other():
+    sources = [*ROOT.glob("producers/**/*.py"), *ROOT.glob("tasks/**/*.py"), ROOT / "flowerconfig.py"]
+    read = {name for path in sources for name in VARIABLE.findall(path.read_text())} - {"DAGRELAY_FLOWER"}
+    told = {name for path in (README, RUNNING) for name in VARIABLE.findall(path.read_text())}
+    whole = {name.removesuffix("_FILE") for name in read}
+    assert len(whole) > 10
+    assert not whole - told, "not documented"
+    assert not {name.removesuffix("_FILE") for name in told} - whole, "documented, and read by nobody"
+
+
+def test_make_targets_in_the_documents_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    told = {
+        name
+        for path in (README, RUNNING)
+        for quoted in re.findall(r"`(make [^`]+)`|^(make [^\n#]+)", path.read_text(), re.M)
+        for name in re.findall(r"^make ([a-z-]+)", "".join(quoted))
+    }
+    assert {"demo", "test", "up"} <= told
+    assert not told - targets
+
+
+def test_files_that_the_documents_name_exist():
+    """Those under "planned" in docs/design.md are exempt: that is what the word is for."""
+    for path in (README, RUNNING):
+        for name in re.findall(r"`((?:producers|tasks|docs|local|tests)/[\w./-]+\.\w+)`", path.read_text()):
+            assert (ROOT / name).exists(), f"{path.name} names {name}"
