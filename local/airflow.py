@@ -84,7 +84,7 @@ class Environment:
 
     @property
     def database(self) -> Path:
-        return self.folder / "pgdata"
+        return self.folder / "pgdata-utf8"
 
     @property
     def _stamp(self) -> str:
@@ -99,20 +99,20 @@ class Environment:
         Raises PartFailed with the installer's words.
         """
         stamp = self.folder / "stamp"
-        if self._is(stamp):
+        if self._is(stamp) and self.database.exists():
             return
         STATE.mkdir(parents=True, exist_ok=True)
         with locked(STATE / f"{self.folder.name}.lock", progress):
-            if self._is(stamp):
-                return
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.log.unlink(missing_ok=True)
             began = time.monotonic()
-            progress(f"installing Airflow {self.release} (once; about 130 packages, 200 MB)")
-            self._install(progress)
-            progress(f"preparing the database of Airflow {self.release} (once)")
-            self._make_database(progress)
-            stamp.write_text(self._stamp)
+            if not self._is(stamp):
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self.log.unlink(missing_ok=True)
+                progress(f"installing Airflow {self.release} (once; about 130 packages, 200 MB)")
+                self._install(progress)
+                stamp.write_text(self._stamp)
+            if not self.database.exists():
+                progress(f"preparing the database of Airflow {self.release} (once)")
+                self._make_database(progress)
             progress(f"Airflow {self.release} is installed ({time.monotonic() - began:.0f} s)")
 
     def _is(self, stamp: Path) -> bool:
@@ -135,9 +135,11 @@ class Environment:
             run_to_end(process, timeout_s=INSTALL_TIMEOUT_S, what=what, progress=progress)
 
     def _make_database(self, progress: Progress) -> None:
-        home = self.folder / "making"
+        home, data = self.folder / "making", self.folder / "pgdata.new"
+        for cut_short in (home, data):
+            shutil.rmtree(cut_short, ignore_errors=True)
         home.mkdir()
-        postgres = Postgres(self.database.with_name("pgdata.new"), log=self.log)
+        postgres = Postgres(data, log=self.log)
         postgres.start()
         try:
             env = base_env(self, home) | database_env(postgres, self.version)
