@@ -168,6 +168,18 @@ def test_http_leaves_the_worker_from_one_place():
     assert not wrong
 
 
+def test_system_tests_know_the_product_from_outside_alone():
+    """They speak to what runs; only the services that they play (`callers/`) import the library."""
+    wrong = [
+        said(path, line, module)
+        for path in ROOT.glob("tests/system/**/*.py")
+        for line, module in imports(path)
+        if within(module, "tasks", "celeryconfig", "flowerconfig")
+        or (within(module, "producers") and not path.is_relative_to(ROOT / "tests/system/callers"))
+    ]
+    assert not wrong
+
+
 def test_importing_producers_loads_neither_the_worker_nor_a_web_framework():
     code = "import sys; from producers import trigger_dag; print(*{m.partition('.')[0] for m in sys.modules})"
     result = subprocess.run(
