@@ -124,7 +124,7 @@ class Postgres:
         make_data_dir(self.data)
         argv: list[str | Path] = [binaries() / "initdb", "-D", self.data, "-U", "postgres", "--auth=trust"]
         process = Process(
-            # Without its encoding, the locale C means SQL_ASCII: then Airflow 3 answers 422 to a conf with "ü".
+            # The locale C alone means SQL_ASCII, with which Airflow 3 answers 422 to a conf with "ü".
             [*argv, "--locale=C", "--encoding=UTF8", "--no-sync"],
             log=self.log,
             env=clean_env(),
