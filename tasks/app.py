@@ -32,6 +32,7 @@ from producers.contract import HOP_S, shown_message
 from producers.errors import ConfigurationError, DagrelayError
 from producers.stores.records import Records
 
+from . import redis_transport
 from .results import NotHandedOver, RecordedBackend
 from .settings import settings
 
@@ -62,6 +63,7 @@ class RelayRequest(Request):
             return
         if not self.acknowledged:
             self.acknowledged = True
+            log.warning("not acknowledged, its lease brings it back task_id=%s", self.id)
             QoS.ack(self._message.channel.qos, self._message.delivery_tag)
             self.send_event("task-rejected", requeue=True)
 
@@ -147,7 +149,7 @@ def _keep_unfinished(tracer: Callable[..., Any]) -> Callable[..., Any]:
             raise
         except Exception as exc:  # noqa: BLE001 - of whichever kind: the cause is kept and said
             kept = exc if isinstance(exc, NotHandedOver) else NotHandedOver(repr(exc))
-            log.warning("not acknowledged, comes back task_id=%s: %s", uuid, kept.reason)
+            log.warning("not written task_id=%s: %s", uuid, kept.reason)
             try:
                 raise kept
             except NotHandedOver:
@@ -163,6 +165,7 @@ def _make_app() -> Celery[Any]:
         for mistake in exc.mistakes:
             print(f"dagrelay: {mistake}", file=sys.stderr)  # noqa: T201 - there is no log yet
         raise SystemExit(78) from None  # EX_CONFIG
+    redis_transport.register()
     made = Celery("dagrelay", task_cls=RelayTask, set_as_current=True)
     made.config_from_object("celeryconfig")
     return made
