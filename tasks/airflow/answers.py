@@ -201,7 +201,9 @@ _PARAM = re.compile(r"Invalid input for param (?P<name>[^\n:]{1,100}): ")
 _FAILED = re.compile(
     r"\n\s*\n\s*Failed validating '(?P<rule>\w+)' in [^\n:]*:\n(?P<schema>.*?)\n\s*\n\s*On ", re.DOTALL
 )
-_NO_VALUE = "No value passed and Param has no default value"
+_NO_VALUE = re.compile(r"No value passed( and Param has no default value)?\.?\Z")
+_ENOUGH = 40
+_OTHER_SCHEMA = re.compile(r".* - '(?P<field>[\w.]{1,100})'\Z", re.DOTALL)
 
 
 def clean(text: str) -> str:
@@ -217,24 +219,35 @@ def clean(text: str) -> str:
         return one_line(f"{head}its value fails {failed['rule']!r} of the schema {failed['schema']}")
     if param:
         rest = text[param.end() :]
-        return head + (
-            _NO_VALUE if rest.startswith(_NO_VALUE) else "its value does not fit the DAG's schema for it"
-        )
+        return head + (rest if _NO_VALUE.match(rest) else "its value does not fit the DAG's schema for it")
     if "Failed validating" in text or "\nOn instance" in text:
         return "a value does not fit its schema"
+    if field := _OTHER_SCHEMA.match(text):  # Airflow 2: "VALUE is not of type 'object' - 'conf'"
+        return f"{field['field']}: its value does not fit the API's schema"
     return one_line(text.partition("\n")[0])
 
 
 def scrubbed(words: str, conf: Any) -> str:
     """Return the words, at most 500 characters, with every value of the conf that occurs in them as "***".
 
-    The second net: values of four characters and more, in the spellings of Python and JSON.
+    The second net: values of four characters and more, in the spellings of Python and JSON. Of a long value
+    the beginning is enough to be found, because Airflow, or we, may have cut it.
     """
     words = words[: 4 * MAX_WORDS]
     for secret in _spellings(conf):
-        if secret in words:
-            words = words.replace(secret, "***")
-    return words[:MAX_WORDS]
+        start = words.find(secret[:_ENOUGH])
+        while start >= 0:
+            end = start + _same_at_start(words[start:], secret)
+            # As many stars, so that nothing moves up from behind the cut, where half a value may stand.
+            words = words[:start] + "*" * (end - start) + words[end:]
+            start = words.find(secret[:_ENOUGH], end)
+    return re.sub(r"\*{4,}", "***", words[:MAX_WORDS])
+
+
+def _same_at_start(one: str, other: str) -> int:
+    """Return how many characters two texts have in common at their start."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (left, right) in pairs if left != right), min(len(one), len(other)))
 
 
 def _spellings(conf: Any) -> list[str]:

@@ -134,7 +134,7 @@ class AirflowClient:
         )
 
     def set_note(self, dag_id: str, run_id: str, note: str) -> None:
-        """Replace the run's note, of up to 1000 characters. Raises RequestRejected(404) if the run is gone."""
+        """Replace the run's note, of up to 1000 characters. Raises as `clear_dag_run` does."""
         self._ask(
             lambda api: api.set_note(dag_id, run_id, note),
             lambda api, response: _not_gone(api.read_run(response, dag_id, run_id)),
