@@ -23,8 +23,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal
@@ -40,6 +39,7 @@ from local.process import (
     Progress,
     clean_env,
     free_port,
+    port_free,
     quiet,
     run_to_end,
     secret_file,
@@ -75,7 +75,7 @@ class Environment:
             below = ".".join(map(str, PYTHON_BELOW[version]))
             raise PartFailed(
                 f"Airflow {self.release} does not run on Python {python}, only below {below}: "
-                "make the virtual environment with an older one (make PYTHON=python3.12)"
+                "make the virtual environment with an older one (make clean, then make … PYTHON=python3.12)"
             )
 
     @property
@@ -88,34 +88,47 @@ class Environment:
 
     @property
     def _stamp(self) -> str:
-        """What the installed environment was made of; the path, because scripts in it hold it."""
-        made_of = [self.lock.read_bytes(), str(self.folder).encode(), sys.version.encode(), b"layout 1"]
+        """What the installed environment was made of; the path, because scripts in it hold it.
+
+        The recipe's number goes up whenever `_install`, `_make_database` or `initdb` do something else.
+        """
+        made_of = [self.lock.read_bytes(), str(self.folder).encode(), sys.version.encode(), b"recipe 2"]
         return hashlib.sha256(b"\0".join(made_of)).hexdigest()
 
-    def ensure(self, progress: Progress = quiet) -> None:
+    def ensure(self, progress: Progress = quiet) -> IO[str]:
         """Install unless it is there. Two processes may ask at once: the second waits for the first.
 
-        An install that was cut short, or was made from another lock, is removed and made again.
-        Raises PartFailed with the installer's words.
+        An install that was cut short, or was made from another lock, is removed and made again. Returns an
+        open file; until it is closed nobody else removes what is installed. Raises PartFailed with the
+        installer's words.
         """
-        stamp = self.folder / "stamp"
-        if self._is(stamp) and self.database.exists():
-            return
         STATE.mkdir(parents=True, exist_ok=True)
-        with locked(STATE / f"{self.folder.name}.lock", progress):
-            began = time.monotonic()
-            if not self._is(stamp):
-                shutil.rmtree(self.folder, ignore_errors=True)
-                self.log.unlink(missing_ok=True)
-                progress(f"installing Airflow {self.release} (once; about 130 packages, 200 MB)")
-                self._install(progress)
-                stamp.write_text(self._stamp)
-            if not self.database.exists():
-                progress(f"preparing the database of Airflow {self.release} (once)")
-                self._make_database(progress)
-            progress(f"Airflow {self.release} is installed ({time.monotonic() - began:.0f} s)")
+        lock = (STATE / f"{self.folder.name}.lock").open("a")
+        try:
+            while True:
+                take_lock(lock, fcntl.LOCK_SH, progress)
+                if self._is_made():
+                    return lock
+                take_lock(lock, fcntl.LOCK_EX, progress)
+                if not self._is_made():  # somebody else may have, between the two locks
+                    self._make(progress)
+        except BaseException:
+            lock.close()
+            raise
 
-    def _is(self, stamp: Path) -> bool:
+    def _make(self, progress: Progress) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.log.unlink(missing_ok=True)
+        began = time.monotonic()
+        progress(f"installing Airflow {self.release} (once; about 130 packages, 200 MB)")
+        self._install(progress)
+        progress(f"preparing the database of Airflow {self.release} (once)")
+        self._make_database(progress)
+        (self.folder / "stamp").write_text(self._stamp)
+        progress(f"Airflow {self.release} is installed ({time.monotonic() - began:.0f} s)")
+
+    def _is_made(self) -> bool:
+        stamp = self.folder / "stamp"
         return stamp.exists() and stamp.read_text() == self._stamp
 
     def _install(self, progress: Progress) -> None:
@@ -202,6 +215,7 @@ class Airflow:
         self.postgres = Postgres(self.home / "pgdata", log=self.home / "logs" / "postgres.log")
         self.processes: dict[str, Process] = {}
         self._secrets: dict[str, str] = {}
+        self._installed: IO[str] | None = None
         self._lock: IO[str] | None = None
         self._session = requests.Session()
         self._session.trust_env = False  # a proxy in the environment is not meant for 127.0.0.1
@@ -246,16 +260,16 @@ class Airflow:
         """Install if needed, start everything, return when the API answers (or before, without `wait`).
 
         About 7 s when installed, on a machine with nothing else to do. Raises PartFailed with the end of the
-        log of whatever failed; nothing is left running then. RuntimeError if another process uses this home.
+        log of whatever failed, or if another process uses this home; nothing is left running then.
         """
         if self.processes:
             if wait:
                 self.wait_healthy()
             return self
-        self.environment.ensure(progress)
-        self._take_home()
+        self._installed = self.environment.ensure(progress)
         began = time.monotonic()
         try:
+            self._take_home()
             if not self.postgres.data.exists():
                 copy_data(self.environment.database, self.postgres.data)
             self._load_secrets()
@@ -282,15 +296,20 @@ class Airflow:
         for name in list(self.processes):
             self.stop_component(name)
         self.postgres.stop()
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        for held in (self._lock, self._installed):
+            if held is not None:
+                held.close()
+        self._lock = self._installed = None
 
     def start_component(self, name: str) -> Process:
         """Start "api", "scheduler", "dag-processor" (3 only) or "triggerer"; does not wait for it."""
         process = self.processes.get(name)
         if process is not None and process.alive:
             return process
+        if name == "api" and not port_free(self.port):
+            raise PartFailed(
+                f"somebody else listens on 127.0.0.1:{self.port}: choose another port for Airflow"
+            )
         for stale in self.home.glob("airflow-webserver*.pid"):  # after kill -9; 2.x would refuse to start
             stale.unlink()
         process = Process(
@@ -500,13 +519,13 @@ class Airflow:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()
-            raise RuntimeError(f"another process runs an Airflow in {self.home}") from None
+            raise PartFailed(f"another process runs an Airflow in {self.home}") from None
         self._lock = lock
         made_for = self.home / "version"
         if made_for.exists() and made_for.read_text() != self.environment.release:
             lock.close()
             self._lock = None
-            raise RuntimeError(
+            raise PartFailed(
                 f"{self.home} belongs to Airflow {made_for.read_text()}, not {self.environment.release}"
             )
         made_for.write_text(self.environment.release)
@@ -568,16 +587,13 @@ def set_password(postgres: Postgres, username: str, password: str) -> None:
     )
 
 
-@contextmanager
-def locked(path: Path, progress: Progress) -> Iterator[None]:
-    """Hold an exclusive lock on a file; says so if it must wait for somebody else."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress("waiting for another process that is installing")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def take_lock(file: IO[str], kind: int, progress: Progress) -> None:
+    """Lock a file, shared or exclusive; says so if it must wait for somebody else."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        progress("waiting for another process that installs or runs this Airflow")
+        fcntl.flock(file, kind)
 
 
 def main() -> None:
@@ -592,14 +608,15 @@ def main() -> None:
     version: Version = options.version
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     components = COMPONENTS[version] + (("triggerer",) if options.triggerer else ())
-    airflow = Airflow(
-        version,
-        home=options.home or STATE / "data" / f"airflow{version}",
-        dags=options.dags,
-        port=options.port,
-        components=components,
-    )
+    airflow = None
     try:
+        airflow = Airflow(
+            version,
+            home=options.home or STATE / "data" / f"airflow{version}",
+            dags=options.dags,
+            port=options.port,
+            components=components,
+        )
         airflow.start(lambda line: print(line, flush=True))
         print(f"Airflow    {airflow.url}   {airflow.username} / {airflow.password}")
         print(f"for us     export AIRFLOW_CONN_DEFAULT={airflow.conn_uri}")
@@ -613,7 +630,8 @@ def main() -> None:
     except PartFailed as exc:
         raise SystemExit(str(exc)) from None
     finally:
-        airflow.stop()
+        if airflow is not None:
+            airflow.stop()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import redis
 
+from local.postgres import Postgres, copy_data
 from local.process import PartFailed, Process, clean_env
 from local.supervisor import Supervisor
 from local.valkey import Valkey
@@ -79,6 +80,22 @@ def test_valkey_refuses_instead_of_dropping_when_it_is_full():
             fill.set(f"key{number}", "x" * 100_000)
         with pytest.raises(redis.exceptions.OutOfMemoryError):
             fill.execute()
+
+
+def test_postgres_keeps_every_letter_and_its_data(tmp_path):
+    postgres = Postgres(tmp_path / "pgdata", log=tmp_path / "log")
+    try:
+        postgres.start()
+        assert postgres.sql("SHOW server_encoding") == "UTF8"
+        postgres.sql("CREATE TABLE t AS SELECT 'Zürich ✓' AS x")
+        postgres.stop()
+        copy_data(tmp_path / "pgdata", tmp_path / "copy")
+        postgres = Postgres(tmp_path / "copy", log=tmp_path / "log")
+        postgres.start()
+        assert postgres.sql("SELECT x FROM t") == "Zürich ✓"
+        assert "127.0.0.1" not in postgres.sql("SHOW listen_addresses")
+    finally:
+        postgres.stop()
 
 
 def test_a_port_that_somebody_has_is_no_start():

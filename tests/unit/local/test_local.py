@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -83,13 +84,35 @@ def test_an_install_is_made_again_when_its_lock_has_changed(monkeypatch, tmp_pat
     environment.lock = tmp_path / "lock"
 
     environment.lock.write_text("a==1")
-    environment.ensure()
-    environment.ensure()
+    environment.ensure().close()
+    environment.ensure().close()
     assert made == [1]
 
     environment.lock.write_text("a==2")
-    environment.ensure()
+    environment.ensure().close()
     assert made == [1, 1]
+
+
+def test_what_an_airflow_runs_on_is_not_replaced_under_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(airflow, "STATE", tmp_path)
+    monkeypatch.setattr(airflow.Environment, "_install", lambda self, _say: self.folder.mkdir())
+    monkeypatch.setattr(airflow.Environment, "_make_database", lambda self, _say: None)
+    environment = airflow.Environment("3")
+    environment.lock = tmp_path / "lock"
+    environment.lock.write_text("a==1")
+    in_use = environment.ensure()
+    said = []
+
+    environment.lock.write_text("a==2")
+    other = threading.Thread(target=lambda: environment.ensure(said.append).close())
+    other.start()
+    other.join(0.3)
+    assert other.is_alive()
+    assert said == ["waiting for another process that installs or runs this Airflow"]
+
+    in_use.close()
+    other.join(5)
+    assert not other.is_alive()
 
 
 def test_an_install_that_was_cut_short_is_made_again(monkeypatch, tmp_path):
@@ -100,7 +123,7 @@ def test_an_install_that_was_cut_short_is_made_again(monkeypatch, tmp_path):
     monkeypatch.setattr(airflow.Environment, "_install", lambda self, _say: self.folder.mkdir())
     monkeypatch.setattr(airflow.Environment, "_make_database", lambda self, _say: None)
 
-    environment.ensure()
+    environment.ensure().close()
 
     assert [file.name for file in environment.folder.iterdir()] == ["stamp"]
 
