@@ -1,0 +1,75 @@
+"""Celery's own ways with our tasks: its pools, and revoking a request that waits."""
+
+from __future__ import annotations
+
+import pytest
+from celery import Celery
+
+from producers.contract import TriggerRequest
+from producers.errors import RequestCancelled
+from tests.integration.test_trigger import RUN, SALES, until
+
+
+@pytest.fixture
+def stock(valkey):
+    """A stock Celery app on the same Redis: what Flower and an operator use."""
+    app = Celery("operator", broker=valkey.url, backend=valkey.url, set_as_current=False)
+    yield app
+    app.close()
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_every_pool_makes_one_run_of_a_lost_answer(pool, relay, airflow, start_worker):
+    airflow.fault = lambda number, dag_id, run_id: "drop" if number == 1 else "answer"
+    start_worker(options=("-P", pool, "-c", "2"))
+
+    assert relay.enqueue(SALES).get(timeout=30).created
+    assert list(airflow.runs) == [RUN]
+
+
+def test_a_killed_child_leaves_its_message_to_the_lease(relay, airflow, start_worker):
+    """prefork: the pool's process is killed (as by the kernel, out of memory) in the midst of a trigger."""
+    import os
+    import signal
+    import subprocess
+
+    airflow.delay_s = 1.0
+    worker = start_worker(options=("-P", "prefork", "-c", "1"))
+    handle = relay.enqueue(SALES)
+    until(lambda: airflow.in_flight)
+    children = subprocess.run(["pgrep", "-P", str(worker.pid)], capture_output=True, text=True, check=True)
+
+    for child in children.stdout.split():
+        os.kill(int(child), signal.SIGKILL)
+    airflow.delay_s = 0.0
+
+    assert handle.get(timeout=40).created
+    assert list(airflow.runs) == [RUN]
+
+
+def test_a_request_that_waits_can_be_revoked(relay, airflow, start_worker, stock):
+    start_worker()
+    handle = relay.enqueue(SALES, countdown=4)
+    until(lambda: any(stock.control.inspect(timeout=1).scheduled().values()))
+
+    stock.control.revoke(handle.id)
+
+    with pytest.raises(RequestCancelled, match="revoked"):
+        handle.get(timeout=20)
+    assert not airflow.posts
+    assert handle.record().state == "cancelled"
+
+
+def test_a_request_revoked_after_a_lost_answer_is_looked_for(relay, airflow, start_worker, stock):
+    airflow.fault = lambda number, dag_id, run_id: "reset"
+    start_worker(DAGRELAY_LOOK_UP_EVERY_S="1")
+    handle = relay.enqueue(TriggerRequest("daily_sales", key="k1"))
+    until(lambda: handle.record().unsure)
+
+    stock.control.revoke(handle.id)
+    until(handle.ready)
+    assert handle.record().error == "OutcomeUnknown"
+    airflow.make(*RUN, note=f"dagrelay task={handle.id} at=…")
+
+    until(lambda: handle.state == "done")
+    assert handle.get(timeout=5).created
