@@ -72,6 +72,18 @@ class RecordedBackend(RedisBackend):
             raise NotHandedOver(f"the end of {task_id} could not be written: {exc}") from exc
         return result
 
+    def mark_as_revoked(
+        self, task_id: str, reason: str = "", request: Any = None, *args: Any, **kwargs: Any
+    ) -> None:
+        """End a message that its worker drops because it was revoked.
+
+        Celery's revoke command also does this in every worker at once, for a task that another one may be
+        working on: the record would say cancelled, and the run exist. Without a message in hand, nothing is
+        written here; whoever has it drops it before its next attempt.
+        """
+        if request is not None:
+            super().mark_as_revoked(task_id, reason, request, *args, **kwargs)
+
     def correct(self, task_id: str, result: dict[str, Any]) -> bool:
         """Replace an end that was OutcomeUnknown by the run that was found; tell whether it was one."""
         meta = self._get_result_meta(result=result, state=states.SUCCESS, traceback=None, request=None)

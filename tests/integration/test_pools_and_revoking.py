@@ -18,7 +18,7 @@ def stock(valkey):
     app.close()
 
 
-@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+@pytest.mark.parametrize("pool", ["processes", "threads", "solo"])
 def test_every_pool_makes_one_run_of_a_lost_answer(pool, relay, airflow, start_worker):
     airflow.fault = lambda number, dag_id, run_id: "drop" if number == 1 else "answer"
     start_worker(options=("-P", pool, "-c", "2"))
@@ -34,7 +34,7 @@ def test_a_killed_child_leaves_its_message_to_the_lease(relay, airflow, start_wo
     import subprocess
 
     airflow.delay_s = 1.0
-    worker = start_worker(options=("-P", "prefork", "-c", "1"))
+    worker = start_worker(options=("-P", "processes", "-c", "1"))
     handle = relay.enqueue(SALES)
     until(lambda: airflow.in_flight)
     children = subprocess.run(["pgrep", "-P", str(worker.pid)], capture_output=True, text=True, check=True)
