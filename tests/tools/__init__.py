@@ -1,6 +1,3 @@
 """Programs that make what tests read. Not tests themselves."""
 
-import os
-
-# `tasks` reads its settings when it is imported; nothing here connects to Redis.
-os.environ.setdefault("DAGRELAY_REDIS_URL", "redis://127.0.0.1:1/0")
+import tests.import_tasks  # noqa: F401 - before any of them imports from `tasks`
