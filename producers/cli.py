@@ -8,6 +8,7 @@ configuration is wrong, 1 the request failed (with --wait) or a check of the doc
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from urllib.parse import urlsplit, urlunsplit
 import click
 
 from .client import RelayClient
-from .contract import TriggerRequest
+from .contract import MAX_CONF_DEPTH, TriggerRequest
 from .errors import BrokerUnavailable, ConfigurationError, DagrelayError, InvalidRequest
 from .settings import read_settings
 
@@ -104,6 +105,8 @@ def _json_object(given: str) -> Any:
         raise InvalidRequest(f"--conf: {given} cannot be read ({type(exc).__name__})") from exc
     try:
         return json.loads(given)
+    except RecursionError:
+        raise InvalidRequest(f"--conf: is nested deeper than {MAX_CONF_DEPTH} levels") from None
     except ValueError as exc:
         # Without the text itself, which may hold a secret.
         where = f" at character {exc.pos}" if isinstance(exc, json.JSONDecodeError) else ""
@@ -204,12 +207,13 @@ def _say(what: str, ok: bool, text: str) -> None:
 
 
 def masked(url: str) -> str:
-    """Return a URL with its password replaced by stars."""
+    """Return a URL with its password replaced by stars, wherever it stands."""
     parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
+    parts = parts._replace(query=re.sub(r"(?<![^&])([^&=]*password[^&=]*)=[^&]*", r"\1=***", parts.query))
+    if parts.password is not None:
+        host = parts.netloc.rpartition("@")[2]
+        parts = parts._replace(netloc=f"{parts.username or ''}:***@{host}")
+    return urlunsplit(parts)
 
 
 if __name__ == "__main__":

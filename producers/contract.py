@@ -24,7 +24,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -168,8 +168,13 @@ def conf_problem(value: Any, where: str = "conf", depth: int = 0) -> str:
             if problem:
                 return problem
         return ""
-    if isinstance(value, str | int | float):  # subclasses, enums among them: JSON sees the base type
-        return conf_problem(next(base for base in (str, int, float) if isinstance(value, base))(value), where)
+    # Subclasses, enums among them: JSON sees the plain value, whatever their own str() says.
+    if isinstance(value, str):
+        return conf_problem(str.__str__(value), where, depth)
+    if isinstance(value, int):
+        return conf_problem(int.__int__(value), where, depth)
+    if isinstance(value, float):
+        return conf_problem(float.__float__(value), where, depth)
     hint = {"bytes": "decode it, or send base64", "datetime": "send .isoformat()", "Decimal": "send str()"}
     how = hint.get(kind.__name__, "send strings, numbers, booleans, null, lists and objects")
     return f"{where} is of type {kind.__name__}, which is not JSON: {how}"
@@ -183,7 +188,7 @@ def _conf(value: Any) -> Any:
     problem = conf_problem(value)
     if problem:
         raise ValueError(problem)
-    size = len(canonical_json(value))
+    size = len(_as_json(value).encode())
     if size > MAX_CONF_BYTES:
         raise ValueError(
             f"is {size} bytes as JSON, over the limit of {MAX_CONF_BYTES}: "
@@ -192,9 +197,10 @@ def _conf(value: Any) -> Any:
     return value
 
 
-def canonical_json(value: Any) -> bytes:
-    """Return JSON that is the same for equal values: sorted keys, no spaces, UTF-8."""
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+# One encoder for all calls: json.dumps with options makes a new one for each. A circle is found by its depth.
+_as_json = json.JSONEncoder(
+    ensure_ascii=False, check_circular=False, separators=(",", ":"), default=str
+).encode
 
 
 class _Request(BaseModel):
@@ -203,11 +209,17 @@ class _Request(BaseModel):
         extra="forbid", frozen=True, strict=True, hide_input_in_errors=True, ser_json_inf_nan="null"
     )
 
-    def __init__(self, **fields: Any) -> None:
+    def __init__(self, /, **fields: Any) -> None:
         try:
             super().__init__(**fields)
         except ValidationError as exc:
             raise _invalid(exc) from None
+
+    defaults: ClassVar[dict[str, Any]]
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        cls.defaults = {name: field.default for name, field in cls.model_fields.items()}
 
     @classmethod
     def fields_of(cls, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,7 +231,7 @@ class _Request(BaseModel):
         message: dict[str, Any] = {"v": VERSION}
         for name in self.model_fields_set:
             value = getattr(self, name)
-            if value != type(self).model_fields[name].default:
+            if value != self.defaults[name]:
                 message[name] = value.isoformat() if isinstance(value, datetime) else value
         return message
 
@@ -250,7 +262,10 @@ def _from_iso(value: Any) -> Any:
 
 def _from_number(value: Any) -> Any:
     if isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError("is too large") from None
     return value
 
 
@@ -293,7 +308,10 @@ class TriggerRequest(_Request):
 
     dag_id: Annotated[str, Field(min_length=1, max_length=250), AfterValidator(_dag_id)]
     conf: Annotated[
-        dict[str, Any] | None, BeforeValidator(_conf), WithJsonSchema({"type": ["object", "null"]})
+        dict[str, Any] | None,
+        BeforeValidator(_conf),
+        WithJsonSchema({"type": ["object", "null"]}),
+        Field(repr=False),
     ] = None
     key: Annotated[Text, Field(min_length=1, max_length=MAX_KEY_LENGTH)] | None = None
     dag_run_id: Annotated[str, Field(min_length=1), AfterValidator(_run_id)] | None = None
@@ -310,10 +328,11 @@ class TriggerRequest(_Request):
         self, dag_id: str | None = None, conf: dict[str, Any] | None = None, /, **fields: Any
     ) -> None:
         # dag_id and conf may be given by position, as to `.delay()`.
-        if dag_id is not None:
-            fields = {"dag_id": dag_id, **fields}
-        if conf is not None:
-            fields = {"conf": conf, **fields}
+        for name, value in (("dag_id", dag_id), ("conf", conf)):
+            if value is not None:
+                if name in fields:
+                    raise TypeError(f"TriggerRequest() got multiple values for argument {name!r}")
+                fields[name] = value
         super().__init__(**fields)
 
     @classmethod
@@ -340,7 +359,7 @@ class TriggerRequest(_Request):
             parts.append(f"conf=<{conf_summary(self.conf)}>")
         for name in ("key", "logical_date", "run_after", "connection", "if_exists"):
             value = getattr(self, name)
-            if value != type(self).model_fields[name].default:
+            if value != self.defaults[name]:
                 parts.append(f"{name}={str(value)!r}")
         if self.note:
             parts.append(f"note=<{len(self.note)} characters>")
@@ -351,7 +370,7 @@ def conf_summary(conf: Mapping[str, Any]) -> str:
     """Return what may be shown of a conf: the names of up to eight keys and the size as JSON."""
     names = [str(name)[:40] for name in list(conf)[:8]]
     more = f", +{len(conf) - 8} more" if len(conf) > 8 else ""
-    size = len(json.dumps(conf, ensure_ascii=False, separators=(",", ":"), default=str).encode())
+    size = len(_as_json(conf).encode())
     return f"{', '.join(names)}{more}; {size} bytes" if names else "empty"
 
 
@@ -412,7 +431,12 @@ class Asked:
 
     def to_message(self) -> dict[str, Any]:
         """Return it as plain JSON values, without what is empty."""
-        return {name: value for name, value in asdict(self).items() if value}
+        message: dict[str, Any] = {"at": self.at}
+        if self.by:
+            message["by"] = self.by
+        if self.due:
+            message["due"] = self.due
+        return message
 
     @classmethod
     def from_message(cls, message: Any, *, otherwise_at: float) -> Asked:

@@ -300,7 +300,10 @@ def error_from(kind: str, arguments: list[Any]) -> DagrelayError:
     known = globals().get(kind)
     if isinstance(known, type) and issubclass(known, DagrelayError):
         try:
-            return known(*arguments)
-        except TypeError:
-            pass  # another release's arguments: its words still reach the caller
+            made = known(*arguments)
+            str(made)
+        except Exception:  # noqa: BLE001, S110 - another release's arguments: its words still reach the caller
+            pass
+        else:
+            return made
     return TaskFailed(kind, ", ".join(str(argument) for argument in arguments))

@@ -93,7 +93,7 @@ class Handle:
                 return _run_or_raise(outcome)
             started = time.monotonic()
             # The subscription stands before the second look, so an end between the two is not missed.
-            with self._client.redis.pubsub(ignore_subscribe_messages=True) as pubsub:
+            with self._client.listening.pubsub(ignore_subscribe_messages=True) as pubsub:
                 pubsub.subscribe(RESULT_PREFIX + self.id)
                 while True:
                     outcome = self._look()

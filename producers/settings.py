@@ -9,6 +9,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
+
+from redis.connection import parse_url
 
 from .errors import ConfigurationError
 
@@ -48,15 +51,24 @@ def redis_url_problem(url: str) -> str:
     """Return what is wrong with a Redis URL, or ""; never shows the URL, which may hold a password."""
     if url.startswith("sentinel"):
         return "names Sentinel, which is not supported: give the address of the primary"
+    form = "is no Redis URL: redis://[user:password@]host:port/db, or rediss:// with TLS"
     if not _REDIS_URL.fullmatch(url):
-        return "is no Redis URL: redis://[user:password@]host:port/db, or rediss:// with TLS"
+        return form
+    hint = f"{form}; characters of a password other than letters and digits go as %XX"
+    try:
+        given, parts = parse_url(url), urlsplit(url)
+    except ValueError:  # its text may hold a part of the password
+        return hint
+    if "path" not in given and (not parts.hostname or ("db" not in given and parts.path.strip("/"))):
+        return hint  # redis-py would go to localhost, or to database 0
     return ""
 
 
 def default_client_name() -> str:
     """Return `program@host`."""
     program = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] else "python"
-    return f"{program or 'python'}@{socket.gethostname()}"[:100]
+    name = f"{program or 'python'}@{socket.gethostname()}"[:100]
+    return "".join(character if character.isprintable() else "_" for character in name)
 
 
 def read_settings(environ: Mapping[str, str] | None = None, **given: str | None) -> ProducerSettings:

@@ -76,13 +76,15 @@ class Script:
 ACCEPT: Final = Script("""
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1e6
+local now_text = string.format('%.6f', now)
 local accepted = 0
 for i = 1, #KEYS / 2 do
   local record, queue, a = KEYS[2 * i - 1], KEYS[2 * i], (i - 1) * 8
   if redis.call('HSETNX', record, 'state', 'accepted') == 1 then
-    redis.call('HSET', record, 'accepted_at', string.format('%.6f', now),
-      'due_at', string.format('%.6f', now + ARGV[a + 2]), 'task', ARGV[a + 3], 'dag_id', ARGV[a + 4],
-      'dag_run_id', ARGV[a + 5], 'key', ARGV[a + 6], 'connection', ARGV[a + 7], 'by', ARGV[a + 8])
+    local due = tonumber(ARGV[a + 2]) == 0 and now_text or string.format('%.6f', now + ARGV[a + 2])
+    redis.call('HSET', record, 'accepted_at', now_text, 'due_at', due, 'task', ARGV[a + 3],
+      'dag_id', ARGV[a + 4], 'dag_run_id', ARGV[a + 5], 'key', ARGV[a + 6], 'connection', ARGV[a + 7],
+      'by', ARGV[a + 8])
     redis.call('LPUSH', queue, ARGV[a + 1])
     accepted = accepted + 1
   end
@@ -241,21 +243,24 @@ class Records:
         """Queue one request and begin its record; tell whether its id is new."""
         return bool(ACCEPT.run(self._client, (record_key(item.task_id), item.queue), item.args()))
 
-    def accept_many(self, items: Iterable[Accepted], chunk: int = 200) -> int:
+    def accept_many(self, items: Iterable[Accepted], chunk: int = 200, chunk_bytes: int = 1 << 20) -> int:
         """Queue many requests in one pipeline; return how many were new.
 
-        Every chunk is all or nothing. When the connection breaks, some chunks may be in and others not.
+        Every chunk is all or nothing, and small enough that Redis, which does nothing else meanwhile, is
+        soon through. When the connection breaks, some chunks may be in and others not.
         """
         pipe = self._client.pipeline(transaction=False)
         pipe.execute_command("SCRIPT", "LOAD", ACCEPT.lua)
         keys: list[str] = []
         args: list[Any] = []
+        size = 0
         for item in items:
             keys += (record_key(item.task_id), item.queue)
             args += item.args()
-            if len(keys) == 2 * chunk:
+            size += len(item.message)
+            if len(keys) == 2 * chunk or size >= chunk_bytes:
                 ACCEPT.queue(pipe, keys, args)
-                keys, args = [], []
+                keys, args, size = [], [], 0
         if keys:
             ACCEPT.queue(pipe, keys, args)
         return sum(pipe.execute()[1:])
