@@ -541,6 +541,13 @@ def test_verification_can_be_switched_off_whatever_the_environment_says(serving,
     assert "TLS certificates are not verified" in caplog.text
 
 
+def test_a_ca_of_the_environment_is_trusted(serving, tls, monkeypatch):
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(TLS / "cert.pem"))
+    server = serving(lambda c: c.answer_all(ok()), tls)
+
+    assert sender(server).send(POST).status == 200
+
+
 def test_a_server_without_tls_gets_nothing(serving):
     server = serving(lambda c: (c.write(b"220 mail.example.org ESMTP\r\n"), c.read()))
 
