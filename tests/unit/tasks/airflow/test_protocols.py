@@ -142,7 +142,7 @@ def test_a_run_is_read_with_all_that_is_known_of_it(api):
     view = created(api, answer(api, "created_with_all"), "full")
 
     assert (view.dag_id, view.run_id, view.state, view.api) == ("recorded", "full", "queued", api)
-    assert view.conf == {"region": "EU", "n": [1, 2.5, None, "x"]}
+    assert view.conf == {"region": "EU", "n": [1, 2.5, None, "ü"]}
     assert view.logical_date == DATE
     assert view.note == "dagrelay task=0 asked by=recorder"
     assert view.start_date is view.end_date is None
