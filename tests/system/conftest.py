@@ -1,0 +1,85 @@
+"""A real Airflow for all tests of a version, one version after the other; the rest is each test's own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from local.airflow import PYTHON_BELOW, RELEASE, Version
+from tests.parts import need
+from tests.system.stack import AirflowUnderTest, Stack
+
+ORDER = {"3": 0, "2": 1, "both": 2}
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of this folder, and have only one Airflow run at a time: all of 3, all of 2, both."""
+    ours = [item for item in items if "system" in item.path.parts]
+    for item in ours:
+        item.add_marker(pytest.mark.system)
+    ours.sort(key=lambda item: ORDER[_version(item)])
+    places = iter(ours)
+    items[:] = [next(places) if "system" in item.path.parts else item for item in items]
+
+
+def _version(item: pytest.Item) -> str:
+    call = getattr(item, "callspec", None)
+    return str(call.params.get("airflow", "both")) if call else "both"
+
+
+@pytest.fixture(scope="session")
+def homes() -> dict[str, AirflowUnderTest]:
+    """The Airflows that were made so far, by version; they may be stopped."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def make_airflow(
+    homes: dict[str, AirflowUnderTest], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Version], AirflowUnderTest]:
+    """Make an Airflow that was not started yet; skip (or fail) where it cannot be had."""
+
+    def make(version: Version) -> AirflowUnderTest:
+        found = sys.version_info[:2] < PYTHON_BELOW[version]
+        below = ".".join(map(str, PYTHON_BELOW[version]))
+        need(f"Airflow {RELEASE[version]}", found, f"it needs a Python below {below}")
+        folder = tmp_path_factory.mktemp(f"airflow{version}")
+        homes[version] = AirflowUnderTest(version, folder, parallelism=2)
+        return homes[version]
+
+    return make
+
+
+@pytest.fixture(scope="session", params=["3", "2"], ids=["airflow3", "airflow2"])
+def airflow(
+    request: pytest.FixtureRequest, make_airflow: Callable[[Version], AirflowUnderTest]
+) -> Iterator[AirflowUnderTest]:
+    """The running Airflow of this version, with all DAGs of these tests read."""
+    with make_airflow(request.param) as made:
+        made.wait_until_read()
+        yield made
+
+
+@pytest.fixture(scope="session")
+def shared(airflow: AirflowUnderTest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A Valkey and a worker for all tests that disturb nothing."""
+    stack = Stack(airflow, tmp_path_factory.mktemp("shared"))
+    try:
+        stack.start_worker()
+        yield stack
+    finally:
+        stack.close()
+
+
+@pytest.fixture
+def stack(airflow: AirflowUnderTest, tmp_path: Path) -> Iterator[Stack]:
+    """A Valkey of the test's own; it starts the workers that it needs."""
+    made = Stack(airflow, tmp_path)
+    try:
+        yield made
+    finally:
+        made.close()

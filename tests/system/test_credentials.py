@@ -1,0 +1,105 @@
+"""Credentials go stale, are wrong, are mended: what waits for them goes through afterwards, once."""
+
+from __future__ import annotations
+
+import json
+import secrets
+
+import requests
+
+from local.airflow import set_password
+from local.process import secret_file
+from tests.system.stack import only, until
+
+
+@only("3")
+def test_tokens_that_expire_or_lose_their_signature_are_renewed_unseen(stack, airflow):
+    proxy = stack.proxy()
+    worker = stack.start_worker(proxy.conn_uri(airflow.username, airflow.password))
+    assert stack.trigger({"dag_id": "quiet", "key": "token-0"})["run"]["created"]
+    logins = sum(call.logs_in for call in proxy.calls)
+    assert logins == 1
+
+    airflow.extra_env["AIRFLOW__API_AUTH__JWT_EXPIRATION_TIME"] = "2"
+    airflow.extra_env["AIRFLOW__API_AUTH__JWT_LEEWAY"] = "0"
+    try:
+        airflow.restart_api(jwt_secret=secrets.token_hex(64))
+    finally:
+        airflow.extra_env.clear()  # the next start has them long again
+
+    # The running worker's token has a signature that nobody knows any more: 403, a login, and once more.
+    said = stack.trigger(*({"dag_id": "quiet", "key": f"token-{n}"} for n in range(1, 9)), threads=4)
+    assert all(one["run"]["created"] for one in said)
+    refused = [call for call in proxy.made() if call.status == 403]
+    assert refused
+    assert "logging in again" in worker.text()
+    stale = next(call.authorization for call in reversed(proxy.made()) if call.status == 200)
+
+    until(lambda: answer_to(airflow, stale) == 401, "expired by Airflow's own word", every_s=0.5)
+    logins = sum(call.logs_in for call in proxy.calls)
+    assert stack.trigger({"dag_id": "quiet", "key": "token-9"})["run"]["created"]
+    assert sum(call.logs_in for call in proxy.calls) == logins + 1
+
+    assert {f"relay__token-{n}" for n in range(10)} <= airflow.run_ids("quiet")
+    assert [call.status for call in proxy.made()].count(200) == 10
+    assert "held" not in worker.text()
+
+
+def test_refused_credentials_hold_the_connection_until_the_worker_has_better_ones(stack, airflow):
+    proxy = stack.proxy()
+    good, bad = (proxy.conn_uri(airflow.username, word) for word in (airflow.password, "canary-wrong-pw"))
+    worker = stack.start_worker(bad, DAGRELAY_HOLD_PROBE_S="6")
+    before = airflow.run_ids("quiet")
+    ids = stack.hand_over(*({"dag_id": "quiet", "key": f"held-{n}"} for n in range(3)))
+    until(lambda: all(stack.record(one).get("state") == "waiting" for one in ids), "all waiting")
+    (hold,) = stack.redis.scan_iter(match="dagrelay:hold:default:*")
+    held, asked = stack.redis.hgetall(hold), len(proxy.calls)
+    assert held["reason"]
+    assert any("held" in line and "ERROR" in line for line in worker.text().splitlines())
+    status = stack.status(ids[0])
+    assert status["state"] == "waiting"
+    assert "credentials" in status["reason"]
+
+    ids += stack.hand_over({"dag_id": "quiet", "key": "held-3"})
+    until(lambda: stack.record(ids[-1]).get("state") == "waiting", "waiting as well")
+    # Nobody asked that Airflow anything until it was time to find out.
+    assert not [call.path for call in proxy.calls[asked:] if call.at < float(held["until"])]
+    for text in (worker.text(), status["reason"], json.dumps(held)):
+        assert "canary" not in text
+
+    worker.stop()
+    stack.start_worker(good, name="w2")
+    said = stack.outcomes(ids, 90)
+    assert all(one["run"]["created"] for one in said)
+    assert airflow.run_ids("quiet") - before == {f"relay__held-{n}" for n in range(4)}
+
+
+def test_a_password_mended_in_airflow_ends_the_hold_by_itself(stack, airflow):
+    new = "mended-" + secrets.token_hex(4)
+    proxy = stack.proxy()
+    stack.start_worker(proxy.conn_uri(airflow.username, new))
+    ids = stack.hand_over(*({"dag_id": "quiet", "key": f"mended-{n}"} for n in range(3)))
+    until(lambda: all(stack.record(one).get("state") == "waiting" for one in ids), "all waiting")
+
+    change_password(airflow, new)
+    try:
+        said = stack.outcomes(ids, 60)
+    finally:
+        change_password(airflow, airflow.password)
+
+    assert all(one["run"]["created"] for one in said)
+    assert not list(stack.redis.scan_iter(match="dagrelay:hold:*"))
+
+
+def change_password(airflow, password):
+    if airflow.version == "3":  # its simple auth manager reads the file at each login
+        secret_file(airflow.home / "passwords.json", json.dumps({airflow.username: password}))
+    else:
+        set_password(airflow.postgres, airflow.username, password)
+
+
+def answer_to(airflow, authorization):
+    answer = requests.get(
+        f"{airflow.url}/api/v2/dags?limit=1", headers={"Authorization": authorization}, timeout=30
+    )
+    return answer.status_code

@@ -1,0 +1,162 @@
+"""Whatever fails on the way: every accepted request ends as exactly one run, made once."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+
+from tests.system.stack import only, until
+
+BROKEN = "def fragile(:  # somebody is in the middle of a deployment\n"
+
+
+def test_lost_answers_and_a_proxys_pages_still_make_each_run_once(stack, airflow):
+    proxy = stack.proxy()
+    faults = itertools.cycle(["drop", "502 after", "pass", "502", "close"])
+    first = set()
+
+    def rule(call):
+        if not call.makes_run or call.body in first:
+            return "pass"
+        first.add(call.body)
+        return next(faults)
+
+    proxy.rule = rule
+    stack.start_worker(proxy.conn_uri(airflow.username, airflow.password))
+    before = airflow.run_ids("quiet")
+
+    said = stack.trigger(*({"dag_id": "quiet", "key": f"lost-{n}", "conf": {"n": n}} for n in range(15)))
+
+    assert [one["run"]["dag_run_id"] for one in said] == [f"relay__lost-{n}" for n in range(15)]
+    assert all(one["run"]["created"] for one in said)  # its own attempt, also where the answer was lost
+    assert airflow.run_ids("quiet") - before == {f"relay__lost-{n}" for n in range(15)}
+    assert [call.status for call in proxy.made()].count(200) == 15
+    assert len(proxy.made()) == 15 + 12
+    assert airflow.run("quiet", "relay__lost-7")["conf"] == {"n": 7}
+
+
+def test_a_clear_whose_answer_was_lost_is_not_done_twice(stack, airflow):
+    proxy = stack.proxy()
+    stack.start_worker(proxy.conn_uri(airflow.username, airflow.password))
+    request = {"dag_id": "echo", "key": "clear-lost", "conf": {"n": 1}}
+    stack.trigger(request)
+    airflow.wait_for_run("echo", "relay__clear-lost")
+    cleared = threading.Event()
+
+    def rule(call):
+        if call.clears:
+            cleared.set()
+            return "drop"
+        return "502" if cleared.is_set() else "pass"
+
+    proxy.rule = rule
+    (task_id,) = stack.hand_over({**request, "if_exists": "clear"})
+    assert cleared.wait(30)
+    # It has run again and is finished when the worker gets through once more.
+    until(lambda: airflow.tries("echo", "relay__clear-lost", "say") == 2, "cleared and started again")
+    airflow.wait_for_run("echo", "relay__clear-lost")
+    proxy.rule = lambda call: "pass"
+    (said,) = stack.outcomes([task_id])
+
+    assert (said["run"]["cleared"], said["run"]["state"]) == (True, "success")
+    assert sum(call.clears for call in proxy.calls) == 1
+    assert airflow.tries("echo", "relay__clear-lost", "say") == 2
+
+
+def test_airflow_killed_while_triggers_arrive_has_each_run_once_when_it_is_back(stack, airflow):
+    stack.start_worker()
+    before = airflow.run_ids("quiet")
+    requests = [{"dag_id": "quiet", "key": f"kill-{n}"} for n in range(40)]
+    caller = stack.call({"requests": requests, "pause_s": 0.05, "get_timeout_s": 120})
+    try:
+        until(lambda: len(airflow.run_ids("quiet") - before) >= 3, "in the midst of it")
+        airflow.kill_api()
+        until(lambda: len(waiting(stack)) >= 10, "waiting for Airflow")
+    finally:
+        airflow.start_api()
+
+    said = stack.said(caller, 180)
+
+    expected = {f"relay__kill-{n}" for n in range(40)}
+    assert [one["run"]["dag_run_id"] for one in said] == [f"relay__kill-{n}" for n in range(40)]
+    assert all(one["run"]["created"] for one in said)
+    assert airflow.run_ids("quiet") - before == expected
+
+
+def test_a_worker_killed_in_the_midst_of_triggers_leaves_one_run_for_each(stack, airflow):
+    worker = stack.start_worker()
+    before = airflow.run_ids("quiet")
+    ids = stack.hand_over(*({"dag_id": "quiet", "key": f"worker-{n}"} for n in range(50)))
+    until(lambda: len(airflow.run_ids("quiet") - before) >= 8, "in the midst of it", every_s=0.01)
+
+    worker.kill()
+
+    ended = [stack.record(task_id)["state"] == "done" for task_id in ids]
+    assert not all(ended), "killed too late to prove anything"
+    stack.start_worker(name="w2")
+    said = stack.outcomes(ids, 90)
+    assert [one["run"]["dag_run_id"] for one in said] == [f"relay__worker-{n}" for n in range(50)]
+    assert all(one["run"]["created"] for one in said)
+    assert airflow.run_ids("quiet") - before == {f"relay__worker-{n}" for n in range(50)}
+
+
+def test_a_dag_file_broken_and_mended_while_answers_were_lost_ends_well(stack, airflow):
+    file = airflow.dags / "fragile.py"
+    whole = file.read_text()
+    proxy = stack.proxy()
+    away = threading.Event()
+
+    def rule(call):
+        if call.makes_run and b"relay__committed" in call.body and not away.is_set():
+            away.set()
+            return "drop"
+        return "502" if away.is_set() else "pass"
+
+    proxy.rule = rule
+    stack.start_worker(proxy.conn_uri(airflow.username, airflow.password), DAGRELAY_MISSING_GRACE_S="90")
+    before = airflow.run_ids("fragile")
+    committed, pending = stack.hand_over(
+        {"dag_id": "fragile", "key": "committed"},
+        {"dag_id": "fragile", "key": "pending", "options": {"countdown": 1}},
+    )
+    assert away.wait(30)
+    try:
+        file.write_text(BROKEN)
+        until(lambda: not airflow.knows("fragile"), "gone with its broken file")
+        proxy.rule = lambda call: "pass"
+        # Made before the file broke: found by its id, although Airflow says that there is no such DAG.
+        (said,) = stack.outcomes([committed])
+        assert (said["run"]["dag_run_id"], said["run"]["created"]) == ("relay__committed", True)
+        until(lambda: "fragile" in stack.record(pending).get("reason", ""), "waiting for the DAG")
+        assert stack.record(pending)["state"] == "waiting"
+    finally:
+        file.write_text(whole)
+
+    until(lambda: airflow.knows("fragile"), "back with its mended file")
+    (said,) = stack.outcomes([pending])
+    assert (said["run"]["dag_run_id"], said["run"]["created"]) == ("relay__pending", True)
+    assert airflow.run_ids("fragile") - before == {"relay__committed", "relay__pending"}
+
+
+@only("2")
+def test_a_run_id_that_airflow_2_would_choke_on_never_reaches_it(stack, airflow):
+    proxy = stack.proxy()
+    stack.start_worker(proxy.conn_uri(airflow.username, airflow.password))
+    stack.trigger({"dag_id": "quiet", "key": "a good one"})
+    good = stack.redis.llen("triggers")
+    assert good == 0
+
+    refused = stack.trigger({"dag_id": "quiet", "dag_run_id": "day 1/2"})
+    assert (refused["id"], refused["error"]) == (None, "InvalidRequest")  # at .delay(): nothing was sent
+    assert "dag_run_id" in refused["text"]
+
+    stack.publish_raw("past-the-door", {"v": 1, "dag_id": "quiet", "dag_run_id": "day 1/2"})
+    until(lambda: stack.record("past-the-door").get("state") == "failed", "refused by the worker")
+    assert stack.record("past-the-door")["error"] == "InvalidRequest"
+    assert len(proxy.made()) == 1
+
+
+def waiting(stack):
+    """The requests that wait for their next attempt."""
+    records = list(stack.redis.scan_iter(match="dagrelay:record:*", count=1000))
+    return [key for key in records if stack.redis.hget(key, "state") == "waiting"]
