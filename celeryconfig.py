@@ -5,7 +5,7 @@ What differs from one installation to the next comes from the environment, by `t
 
 from kombu import Exchange, Queue
 
-from producers.contract import QUEUE_JOBS, QUEUE_LOOKS, QUEUE_TRIGGERS
+from producers.contract import POLL_EXTERNAL_JOB, QUEUE_JOBS, QUEUE_LOOKS, QUEUE_TRIGGERS, TRIGGER_DAG
 from tasks.settings import settings
 
 _settings = settings()
@@ -53,8 +53,11 @@ broker_connection_max_retries = None  # a worker outlives any outage of Redis
 task_queues = [
     Queue(name, Exchange(name), routing_key=name) for name in (QUEUE_TRIGGERS, QUEUE_JOBS, QUEUE_LOOKS)
 ]
-task_default_queue = QUEUE_TRIGGERS
-task_create_missing_queues = False  # a misspelt -Q is an error, not a queue that nobody fills
+task_routes = {TRIGGER_DAG: QUEUE_TRIGGERS, POLL_EXTERNAL_JOB: QUEUE_JOBS, "tasks.*": QUEUE_LOOKS}
+# What is not ours, a chord's body or a callback of a host's, goes where its signature says, else to Celery's
+# own default, on which the host's workers listen; on a queue of ours it would be lost as unknown.
+task_default_queue = "celery"
+task_create_missing_queues = True  # (a misspelt -Q is refused by tasks/app.py)
 
 task_acks_late = True  # a message is acknowledged when its successor is in Redis, never before
 task_reject_on_worker_lost = True  # prefork: a killed child leaves its message to the visibility timeout

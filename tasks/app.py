@@ -51,6 +51,8 @@ class RelayRequest(Request):
         self._argsrepr, self._kwargsrepr = "()", shown
         # The trace that logs the outcome reads these.
         self._request_dict["argsrepr"], self._request_dict["kwargsrepr"] = "()", shown
+        # The end of a request is written with its result: also for a caller who has no use for the result.
+        self._ignore_result = self._request_dict["ignore_result"] = False
 
     def reject(self, requeue: bool = False) -> None:
         """Leave a message that is to come back unacknowledged; reject the others as Celery does.
@@ -203,6 +205,16 @@ def _set_up_logging(loglevel: Any = None, **_: Any) -> None:
     )
     for chatty in ("celery.pool", "celery.concurrency", "kombu", "amqp", "urllib3"):
         logging.getLogger(chatty).setLevel(max(logging.INFO, logging.getLogger().level))
+
+
+@signals.celeryd_after_setup.connect
+def _refuse_queues_that_nobody_fills(**_: Any) -> None:
+    known = {queue.name for queue in app.conf.task_queues}
+    if unknown := sorted(set(app.amqp.queues.consume_from) - known):
+        print(  # noqa: T201 - there is no log yet
+            f"dagrelay: -Q {','.join(unknown)}: the queues are {', '.join(sorted(known))}", file=sys.stderr
+        )
+        raise SystemExit(78)  # EX_CONFIG
 
 
 @signals.worker_init.connect
