@@ -53,7 +53,7 @@ broker_connection_max_retries = None  # a worker outlives any outage of Redis
 task_queues = [
     Queue(name, Exchange(name), routing_key=name) for name in (QUEUE_TRIGGERS, QUEUE_JOBS, QUEUE_LOOKS)
 ]
-task_routes = {TRIGGER_DAG: QUEUE_TRIGGERS, POLL_EXTERNAL_JOB: QUEUE_JOBS, "tasks.*": QUEUE_LOOKS}
+task_routes = {TRIGGER_DAG: QUEUE_TRIGGERS, POLL_EXTERNAL_JOB: QUEUE_JOBS}  # by name: hosts have a `tasks` too
 # What is not ours, a chord's body or a callback of a host's, goes where its signature says, else to Celery's
 # own default, on which the host's workers listen; on a queue of ours it would be lost as unknown.
 task_default_queue = "celery"
