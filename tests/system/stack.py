@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 from redis import Redis
 
-from local.airflow import Airflow
-from local.process import ROOT, clean_env
+from local.airflow import Airflow, set_password
+from local.process import ROOT, clean_env, secret_file
 from local.valkey import Valkey
 from tests.system.proxy import Proxy
 from tests.worker import Worker
@@ -95,10 +97,35 @@ class AirflowUnderTest(Airflow):
         # Airflow 2 gives the repr of what was returned.
         return xcom["value"] if self.version == "3" else eval(xcom["value"], {})  # noqa: S307
 
+    def take_password(self, password: str) -> None:
+        """Have it take another password for its user from now on."""
+        if self.version == "3":  # its simple auth manager reads the file at each login
+            secret_file(self.home / "passwords.json", json.dumps({self.username: password}))
+        else:
+            set_password(self.postgres, self.username, password)
+
+    @contextmanager
+    def frozen_api(self) -> Iterator[None]:
+        """Have the API take connections and do nothing; afterwards it goes on where it was."""
+        pids = below(self.processes["api"].pid)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+
     def tries(self, dag_id: str, run_id: str, task_id: str) -> int:
         """How many times a task of a run was started."""
         _, task = self.api("GET", f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}")
         return int(task["try_number"])
+
+
+def below(pid: int) -> list[int]:
+    """A process and all that it started, by Linux' own list."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(found for child in children for found in below(int(child)))]
 
 
 class Stack:

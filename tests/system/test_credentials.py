@@ -7,8 +7,6 @@ import secrets
 
 import requests
 
-from local.airflow import set_password
-from local.process import secret_file
 from tests.system.stack import only, until
 
 
@@ -48,7 +46,7 @@ def test_tokens_that_expire_or_lose_their_signature_are_renewed_unseen(stack, ai
 def test_refused_credentials_hold_the_connection_until_the_worker_has_better_ones(stack, airflow):
     proxy = stack.proxy()
     good, bad = (proxy.conn_uri(airflow.username, word) for word in (airflow.password, "canary-wrong-pw"))
-    worker = stack.start_worker(bad, DAGRELAY_HOLD_PROBE_S="6")
+    worker = stack.start_worker(bad, DAGRELAY_HOLD_PROBE_S="4")
     before = airflow.run_ids("quiet")
     ids = stack.hand_over(*({"dag_id": "quiet", "key": f"held-{n}"} for n in range(3)))
     until(lambda: all(stack.record(one).get("state") == "waiting" for one in ids), "all waiting")
@@ -81,21 +79,14 @@ def test_a_password_mended_in_airflow_ends_the_hold_by_itself(stack, airflow):
     ids = stack.hand_over(*({"dag_id": "quiet", "key": f"mended-{n}"} for n in range(3)))
     until(lambda: all(stack.record(one).get("state") == "waiting" for one in ids), "all waiting")
 
-    change_password(airflow, new)
+    airflow.take_password(new)
     try:
         said = stack.outcomes(ids, 60)
     finally:
-        change_password(airflow, airflow.password)
+        airflow.take_password(airflow.password)
 
     assert all(one["run"]["created"] for one in said)
     assert not list(stack.redis.scan_iter(match="dagrelay:hold:*"))
-
-
-def change_password(airflow, password):
-    if airflow.version == "3":  # its simple auth manager reads the file at each login
-        secret_file(airflow.home / "passwords.json", json.dumps({airflow.username: password}))
-    else:
-        set_password(airflow.postgres, airflow.username, password)
 
 
 def answer_to(airflow, authorization):

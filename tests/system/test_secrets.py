@@ -72,7 +72,9 @@ def test_a_secret_in_the_conf_is_nowhere_after_success_retry_rejection_and_failu
         return "pass"
 
     proxy.rule = rule
-    worker = stack.start_worker(proxy.conn_uri(airflow.username, airflow.password))
+    worker = stack.start_worker(
+        proxy.conn_uri(airflow.username, airflow.password), DAGRELAY_LOG_LEVEL="DEBUG"
+    )
     until(lambda: "flower_worker_online{" in (page(f"{flower}/metrics") or ""), "the worker seen by Flower")
     until(lambda: "w1@" in (page(f"{flower}/api/workers?refresh=1") or ""), "the worker asked by Flower")
     listening = Listening(stack.redis)
