@@ -8,6 +8,7 @@ configuration is wrong, 1 the request failed (with --wait) or a check of the doc
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from urllib.parse import urlsplit, urlunsplit
 import click
 
 from .client import RelayClient
-from .contract import MAX_CONF_DEPTH, TriggerRequest
+from .contract import MAX_CONF_DEPTH, QUEUE_TRIGGERS, TriggerRequest
 from .errors import BrokerUnavailable, ConfigurationError, DagrelayError, InvalidRequest
 from .settings import read_settings
 
@@ -141,9 +142,12 @@ def doctor() -> None:
     ok = True
     shown = f"DAGRELAY_REDIS_URL={masked(settings.redis_url)} DAGRELAY_CLIENT_NAME={settings.client_name}"
     _say("settings", True, shown)
-    client = RelayClient(settings)
-    ok &= _check_redis(client)
-    ok &= _check_workers(settings.redis_url)
+    info = _ask_redis(RelayClient(settings))
+    if info is None:
+        ok = False
+    else:
+        ok &= _check_promises(info)
+        ok &= _check_workers(settings.redis_url)
     worker_part = Path("tasks/doctor.py")
     if worker_part.exists():
         # A process of its own: this package never imports the workers' code.
@@ -153,8 +157,8 @@ def doctor() -> None:
     sys.exit(0 if ok else EX_FAILED)
 
 
-def _check_redis(client: RelayClient) -> bool:
-    """Try Redis, and say what its configuration promises."""
+def _ask_redis(client: RelayClient) -> dict[str, Any] | None:
+    """Return what Redis says of itself, or None when it does not answer."""
     from .client import told_as_unavailable
 
     try:
@@ -162,11 +166,15 @@ def _check_redis(client: RelayClient) -> bool:
             info: dict[str, Any] = client.redis.info()
     except BrokerUnavailable as exc:
         _say("redis", False, exc.reason)
-        return False
+        return None
     server = info.get("server_name", "redis")
     version = info.get("valkey_version") or info.get("redis_version")
     _say("redis", True, f"{server} {version}, {info.get('used_memory_human')} used")
-    ok = True
+    return info
+
+
+def _check_promises(info: dict[str, Any]) -> bool:
+    """Say what the configuration of Redis promises."""
     durable = bool(info.get("aof_enabled"))
     _say(
         "appendonly",
@@ -175,29 +183,34 @@ def _check_redis(client: RelayClient) -> bool:
         if durable
         else "no: what was accepted is lost when Redis restarts; set appendonly yes",
     )
-    ok &= durable
     policy = str(info.get("maxmemory_policy", "unknown"))
     _say(
         "maxmemory",
         policy == "noeviction",
         policy if policy == "noeviction" else f"{policy}: Redis may drop requests; set noeviction",
     )
-    return ok and policy == "noeviction"
+    return durable and policy == "noeviction"
 
 
 def _check_workers(redis_url: str) -> bool:
     """Ask which workers answer. Needs Celery, which is imported here only."""
     from celery import Celery
 
+    if redis_url.startswith("rediss://") and "ssl_cert_reqs" not in redis_url:
+        redis_url += ("&" if "?" in redis_url else "?") + "ssl_cert_reqs=required"  # kombu's default: none
+    for name in ("CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL"):
+        os.environ.pop(name, None)  # Celery would follow them, whatever it is told; this is our own process
     app = Celery("dagrelay-doctor", broker=redis_url, set_as_current=False)
-    app.conf.update(broker_url=redis_url)  # the environment's CELERY_BROKER_URL would go before the argument
     app.conf.broker_transport_options = {"socket_timeout": 2, "socket_connect_timeout": 2}
     try:
-        answers = app.control.ping(timeout=1.0)
+        answers = app.control.inspect(timeout=1.0).active_queues() or {}
     except Exception as exc:  # noqa: BLE001 - kombu raises what the connection raised, of many kinds
         _say("workers", False, f"could not be asked ({type(exc).__name__})")
         return False
-    names = sorted(name for answer in answers or [] for name in answer)
+    # Workers of other apps on the same Redis answer too.
+    names = sorted(
+        name for name, queues in answers.items() if any(queue["name"] == QUEUE_TRIGGERS for queue in queues)
+    )
     _say("workers", bool(names), ", ".join(names) or "none answers: start one with `make worker`")
     return bool(names)
 

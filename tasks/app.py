@@ -13,6 +13,7 @@ What the base adds to Celery's, for every task of ours:
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -167,6 +168,13 @@ def _make_app() -> Celery[Any]:
         for mistake in exc.mistakes:
             print(f"dagrelay: {mistake}", file=sys.stderr)  # noqa: T201 - there is no log yet
         raise SystemExit(78) from None  # EX_CONFIG
+    # Celery follows these before all that celeryconfig.py says: on a machine that has them for another app, a
+    # worker would wait at another Redis than the one that its callers write to.
+    for name in ("BROKER_URL", "BROKER_READ_URL", "BROKER_WRITE_URL", "RESULT_BACKEND"):
+        if os.environ.pop(f"CELERY_{name}", None):
+            print(  # noqa: T201 - there is no log yet
+                f"dagrelay: CELERY_{name} is not followed, DAGRELAY_REDIS_URL is", file=sys.stderr
+            )
     redis_transport.register()
     made = Celery("dagrelay", task_cls=RelayTask, set_as_current=True)
     made.config_from_object("celeryconfig")

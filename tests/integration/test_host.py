@@ -19,7 +19,7 @@ from redis import Redis
 
 from local.process import Process, clean_env
 from local.valkey import Valkey
-from producers.contract import QUEUE_TRIGGERS
+from producers.contract import QUEUE_TRIGGERS, TriggerRequest
 from tests.integration.test_trigger import until
 from tests.worker import CELERY
 
@@ -212,7 +212,7 @@ def test_a_host_stays_what_it_was(valkey, worker, airflow, its_own, make_host, o
             assert [json.loads(text)["headers"]["task"] for text in theirs.lrange("celery", 0, -1)] == [
                 "tasks.prepare"
             ]
-            assert [key for key in theirs.keys() if not key.startswith("_kombu.")] == ["celery"]
+            assert [key for key in theirs.scan_iter() if not key.startswith("_kombu.")] == ["celery"]
         else:
             assert theirs.dbsize() == 0
             assert theirs.info("stats")["total_connections_received"] == before
@@ -339,3 +339,15 @@ def test_a_host_whose_broker_is_our_redis_has_us_in_its_own_canvases(
         canvas = [record for record in records if record["dag_id"] in expected]
         assert len(canvas) == sum(expected.values()) + 2  # one run each, and the two that shared one
         assert {record["state"] for record in canvas} == {"done"}
+
+
+def test_a_worker_on_a_machine_with_another_broker_in_its_environment_works_from_ours(
+    relay, airflow, its_own, start_worker
+):
+    with looked_into(its_own) as theirs:
+        theirs.flushall()
+        worker = start_worker(CELERY_BROKER_URL=its_own.url, CELERY_RESULT_BACKEND=its_own.url)
+
+        assert relay.enqueue(TriggerRequest("daily_sales", key="k")).get(timeout=20).created
+        assert theirs.dbsize() == 0
+        assert "CELERY_BROKER_URL is not followed" in worker.text()
