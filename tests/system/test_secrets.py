@@ -84,7 +84,7 @@ def test_a_secret_in_the_conf_is_nowhere_after_success_retry_rejection_and_failu
         {"dag_id": "quiet", "key": "canary-retry", "conf": CONF},
         {"dag_id": "strict", "key": "canary-rejected", "conf": CONF | {"day": CANARY}},
         {"dag_id": "no_such_dag", "key": "canary-unknown", "conf": CONF},
-        {"dag_id": "quiet", "key": "canary-later", "conf": CONF, "options": {"countdown": 6}},
+        {"dag_id": "quiet", "key": "canary-later", "conf": CONF, "options": {"countdown": 3}},
     )
     stack.publish_raw("canary-invalid", {"v": 1, "dag_id": "quiet", "conf": [CANARY]})
     stack.publish_raw("canary-mistyped", {"v": 1, "dag_id": "quiet", "config": CONF})
