@@ -33,7 +33,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Final, Literal, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, cast
 
 from redis.exceptions import NoScriptError
 
@@ -70,26 +70,36 @@ class Script:
         pipe.execute_command("EVALSHA", self.sha, len(keys), *keys, *args)
 
 
-# KEYS: per item its record and its queue. ARGV: per item the message, the delay in seconds, and the
-# six fields of the record. An id that is on record already is not queued again, so that a call whose
-# answer was lost may be repeated (by us, within the call; by the caller, with its own task_id).
+# KEYS: per item its record and its queue. ARGV: per item the message, the delay in seconds, and six fields
+# of the record, with NUL between them (one argument costs a client less than six). An id that is on record
+# already is not queued again, so that a call whose answer was lost may be repeated (by us, within the call;
+# by the caller, with its own task_id). The push goes first: where it fails (a key of another type), no record
+# says that something was accepted.
 ACCEPT: Final = Script("""
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1e6
 local now_text = string.format('%.6f', now)
-local accepted = 0
-for i = 1, #KEYS / 2 do
-  local record, queue, a = KEYS[2 * i - 1], KEYS[2 * i], (i - 1) * 8
-  if redis.call('HSETNX', record, 'state', 'accepted') == 1 then
-    local due = tonumber(ARGV[a + 2]) == 0 and now_text or string.format('%.6f', now + ARGV[a + 2])
-    redis.call('HSET', record, 'accepted_at', now_text, 'due_at', due, 'task', ARGV[a + 3],
-      'dag_id', ARGV[a + 4], 'dag_run_id', ARGV[a + 5], 'key', ARGV[a + 6], 'connection', ARGV[a + 7],
-      'by', ARGV[a + 8])
-    redis.call('LPUSH', queue, ARGV[a + 1])
-    accepted = accepted + 1
+local new, messages = {}, {}
+for i = 1, #KEYS, 2 do
+  if redis.call('EXISTS', KEYS[i]) == 0 then
+    local queue = KEYS[i + 1]
+    local list = messages[queue] or {}
+    messages[queue] = list
+    list[#list + 1] = ARGV[(3 * i - 1) / 2]
+    new[#new + 1] = i
   end
 end
-return accepted
+for queue, list in pairs(messages) do redis.call('LPUSH', queue, unpack(list)) end
+for _, i in ipairs(new) do
+  local a = (3 * i - 1) / 2
+  local due = tonumber(ARGV[a + 1]) == 0 and now_text or string.format('%.6f', now + ARGV[a + 1])
+  local about = {}
+  for text in string.gmatch(ARGV[a + 2] .. '\\0', '(%Z*)%z') do about[#about + 1] = text end
+  redis.call('HSET', KEYS[i], 'state', 'accepted', 'accepted_at', now_text, 'due_at', due,
+    'task', about[1], 'dag_id', about[2], 'dag_run_id', about[3], 'key', about[4],
+    'connection', about[5], 'by', about[6])
+end
+return #new
 """)
 
 # KEYS: the record. ARGV: unsure (0/1), missing (0/1), held_s to add, reason.
@@ -190,8 +200,7 @@ class Record:
         return {name: value for name, value in values.items() if value not in (None, "")}
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
+class Accepted(NamedTuple):
     """One request as it goes to Redis: its message, ready, and what its record says of it."""
 
     task_id: str
@@ -206,16 +215,8 @@ class Accepted:
     by: str
 
     def args(self) -> tuple[Any, ...]:
-        return (
-            self.message,
-            self.delay_s,
-            self.task,
-            self.dag_id,
-            self.dag_run_id,
-            self.key,
-            self.connection,
-            self.by,
-        )
+        """Return what ACCEPT takes of it, beside its two keys."""
+        return (self.message, self.delay_s, "\0".join(self[4:]))  # none of them may hold a NUL
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,18 +244,19 @@ class Records:
         """Queue one request and begin its record; tell whether its id is new."""
         return bool(ACCEPT.run(self._client, (record_key(item.task_id), item.queue), item.args()))
 
-    def accept_many(self, items: Iterable[Accepted], chunk: int = 200, chunk_bytes: int = 1 << 20) -> int:
-        """Queue many requests in one pipeline; return how many were new.
+    def batch(self, items: Iterable[Accepted], chunk: int = 200, chunk_bytes: int = 1 << 20) -> Pipeline:
+        """Return a pipeline that queues many requests and begins their records; nothing is sent yet.
 
         Every chunk is all or nothing, and small enough that Redis, which does nothing else meanwhile, is
         soon through. When the connection breaks, some chunks may be in and others not.
         """
         pipe = self._client.pipeline(transaction=False)
-        pipe.execute_command("SCRIPT", "LOAD", ACCEPT.lua)
         keys: list[str] = []
         args: list[Any] = []
         size = 0
         for item in items:
+            if len(pipe) == 0:
+                pipe.execute_command("SCRIPT", "LOAD", ACCEPT.lua)
             keys += (record_key(item.task_id), item.queue)
             args += item.args()
             size += len(item.message)
@@ -263,7 +265,7 @@ class Records:
                 keys, args, size = [], [], 0
         if keys:
             ACCEPT.queue(pipe, keys, args)
-        return sum(pipe.execute()[1:])
+        return pipe
 
     def attempt_failed(
         self, task_id: str, reason: str, *, unsure: bool = False, missing: bool = False, held_s: float = 0.0

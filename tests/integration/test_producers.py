@@ -242,6 +242,19 @@ def test_a_full_redis_takes_nothing_and_later_everything(relay, server):
     assert queued(server) == 1
 
 
+def test_where_the_message_cannot_be_queued_no_record_says_that_it_was_accepted(relay, server):
+    server.set(QUEUE_TRIGGERS, "not a queue")
+
+    for call in (lambda: relay.enqueue(SALES, task_id="mine"), lambda: relay.enqueue_many([SALES] * 3)):
+        with pytest.raises(BrokerUnavailable, match="WRONGTYPE"):
+            call()
+
+    assert server.dbsize() == 1
+    server.delete(QUEUE_TRIGGERS)
+    relay.enqueue(SALES, task_id="mine")
+    assert queued(server) == 1
+
+
 # Connections come and go
 
 

@@ -6,6 +6,7 @@ Our message is written by hand, so a release of Celery or kombu that changes the
 from __future__ import annotations
 
 import json
+import uuid
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -18,7 +19,7 @@ from kombu import Connection, Queue
 from kombu.transport import redis as kombu_redis
 from kombu.transport.virtual import Message
 
-from producers.client import PRIORITY_SEPARATOR, PRIORITY_STEPS, RelayClient
+from producers.client import PRIORITY_SEPARATOR, PRIORITY_STEPS, RelayClient, new_task_id
 from producers.contract import HOP_S, QUEUE_TRIGGERS, TRIGGER_DAG, TriggerRequest
 from producers.errors import InvalidRequest
 from producers.settings import ProducerSettings
@@ -149,6 +150,13 @@ def test_no_text_breaks_the_envelope(task_id, name, conf):
     assert message["headers"]["id"] == message["properties"]["delivery_tag"] == task_id
     assert message["headers"]["origin"] == name
     assert json.loads(message["body"])[1].get("conf", {}) == conf
+
+
+def test_a_task_id_is_a_random_uuid():
+    made = [uuid.UUID(new_task_id()) for _ in range(1000)]
+
+    assert {(one.version, one.variant) for one in made} == {(4, uuid.RFC_4122)}
+    assert len(set(made)) == 1000
 
 
 # Options
