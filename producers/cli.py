@@ -149,12 +149,16 @@ def doctor() -> None:
         ok &= _check_promises(info)
         ok &= _check_workers(settings.redis_url)
     worker_part = Path("tasks/doctor.py")
-    if worker_part.exists():
+    # A host may have a package `tasks` of its own: ours is known by its first line.
+    if worker_part.exists() and worker_part.read_text(errors="replace").startswith(_WORKERS_DOCTOR):
         # A process of its own: this package never imports the workers' code.
         ok &= subprocess.run([sys.executable, "-m", "tasks.doctor"], check=False).returncode == 0
     else:
         click.echo("     airflow      not tried here: run `dagrelay doctor` where the workers' code lies")
     sys.exit(0 if ok else EX_FAILED)
+
+
+_WORKERS_DOCTOR = '"""The worker\'s half of `dagrelay doctor`'
 
 
 def _ask_redis(client: RelayClient) -> dict[str, Any] | None:

@@ -101,7 +101,9 @@ class RecordedBackend(RedisBackend):
             found["retried"] = str((getattr(request, "retries", None) or 0) + 1)
             next_in_s = getattr(request, "next_in_s", None) or 0.0
         elif state == "cancelled" and getattr(request, "unsure", False):
-            found |= _cancelled_unsure(found)
+            end = _cancelled_unsure(found)
+            found |= _of_outcome("failed", end)
+            meta = {**meta, "result": end}
         return store(
             self.client,
             task_id,
@@ -125,11 +127,15 @@ class RecordedBackend(RedisBackend):
             raise NotHandedOver(f"the chord of {request.id} could not be told: {exc}") from exc
 
 
-def _cancelled_unsure(found: dict[str, str]) -> dict[str, str]:
-    """Return the end of a request that was cancelled after an answer of Airflow was lost."""
+def _cancelled_unsure(found: dict[str, str]) -> dict[str, Any]:
+    """Return the end of a request that was cancelled after an answer was lost, as Celery keeps exceptions."""
     why = f"{found.get('reason')}, after an answer was lost"
     end = OutcomeUnknown(found.get("dag_id", ""), found.get("dag_run_id", ""), why)
-    return {"error": "OutcomeUnknown", "error_args": json.dumps(end.args), "reason": str(end)}
+    return {
+        "exc_type": "OutcomeUnknown",
+        "exc_message": list(end.args),
+        "exc_module": OutcomeUnknown.__module__,
+    }
 
 
 def _of_request(request: Any) -> dict[str, str]:

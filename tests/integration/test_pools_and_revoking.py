@@ -6,7 +6,7 @@ import pytest
 from celery import Celery
 
 from producers.contract import TriggerRequest
-from producers.errors import RequestCancelled
+from producers.errors import OutcomeUnknown, RequestCancelled
 from tests.integration.test_trigger import RUN, SALES, until
 
 
@@ -69,6 +69,8 @@ def test_a_request_revoked_after_a_lost_answer_is_looked_for(relay, airflow, sta
     stock.control.revoke(handle.id)
     until(handle.ready)
     assert handle.record().error == "OutcomeUnknown"
+    with pytest.raises(OutcomeUnknown, match="after an answer was lost"):
+        handle.get(timeout=5)
     airflow.make(*RUN, note=f"dagrelay task={handle.id} at=…")
 
     until(lambda: handle.state == "done")

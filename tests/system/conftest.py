@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 
 from local.airflow import PYTHON_BELOW, RELEASE, Version
+from local.process import tail
 from tests.parts import need
 from tests.system.stack import AirflowUnderTest, Stack
 
 ORDER = {"3": 0, "2": 1, "both": 2}
+LAST = "test_tokens_that_expire"  # of its version: it leaves an API whose tokens live for 2 s
 
 
 @pytest.hookimpl(trylast=True)
@@ -21,9 +23,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ours = [item for item in items if "system" in item.path.parts]
     for item in ours:
         item.add_marker(pytest.mark.system)
-    ours.sort(key=lambda item: ORDER[_version(item)])
+    ours.sort(key=lambda item: (ORDER[_version(item)], item.name.startswith(LAST)))
     places = iter(ours)
     items[:] = [next(places) if "system" in item.path.parts else item for item in items]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show of a failed test what its workers last said."""
+    report = yield
+    used = getattr(item, "funcargs", {})
+    if report.failed:
+        for stack in (used[name] for name in ("stack", "shared") if name in used):
+            for log in sorted(stack.folder.glob("*.log")):
+                report.sections.append((f"end of {log.name}", tail(log, 40)))
+    return report
 
 
 def _version(item: pytest.Item) -> str:

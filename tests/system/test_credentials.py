@@ -23,7 +23,7 @@ def test_tokens_that_expire_or_lose_their_signature_are_renewed_unseen(stack, ai
     try:
         airflow.restart_api(jwt_secret=secrets.token_hex(64))
     finally:
-        airflow.extra_env.clear()  # the next start has them long again
+        airflow.extra_env.clear()  # the next start has them as they were
 
     # The running worker's token has a signature that nobody knows any more: 403, a login, and once more.
     said = stack.trigger(*({"dag_id": "quiet", "key": f"token-{n}"} for n in range(1, 9)), threads=4)
