@@ -282,6 +282,13 @@ def test_doctor_tries_airflow_where_the_workers_code_lies(dagrelay, airflow):
     assert airflow.url in line
 
 
+def test_doctor_runs_no_module_of_a_host_that_has_our_name(dagrelay, tmp_path):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "doctor.py").write_text(f"print('{CANARY}')")
+
+    assert "not tried here" in dagrelay("doctor").stdout
+
+
 def test_the_command_says_what_it_can_do(dagrelay):
     told = dagrelay("--help")
 
