@@ -7,14 +7,12 @@ What the base adds to Celery's, for every task of ours:
   such a message stays unacknowledged, and its lease (the visibility timeout) brings it back.
 - What Flower and the logs show of the arguments is made again by us for every message, received or
   published: a plain retry would show the conf, and so would a message of somebody else.
-- A wait longer than a worker should hold a message is done in hops.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,14 +23,14 @@ from celery.exceptions import Reject, Retry
 from celery.states import REJECTED
 from celery.utils.log import get_logger
 from celery.worker.request import Request
-from kombu.transport.virtual import QoS
+from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
-from producers.contract import HOP_S, shown_message
+from producers.contract import shown_message
 from producers.errors import ConfigurationError, DagrelayError
 from producers.stores.records import Records
 
-from . import redis_transport
+from .redis_transport import worker as redis_transport_worker
 from .results import NotHandedOver, RecordedBackend
 from .settings import settings
 
@@ -44,6 +42,8 @@ log = get_logger("dagrelay.task")
 
 class RelayRequest(Request):
     """One message in a worker's hands."""
+
+    _failed_by_itself = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -57,17 +57,22 @@ class RelayRequest(Request):
     def reject(self, requeue: bool = False) -> None:
         """Leave a message that is to come back unacknowledged; reject the others as Celery does.
 
-        To put it back on its queue at once would be a hot loop, and where Redis takes no writes it cannot
-        be put back at all. The lease brings it back; only the prefetch slot is freed here.
+        The transport puts it back in a moment, not at once: what made it fail may still be there.
         """
         if not requeue:
             super().reject(requeue=False)
             return
         if not self.acknowledged:
             self.acknowledged = True
-            log.warning("not acknowledged, its lease brings it back task_id=%s", self.id)
-            QoS.ack(self._message.channel.qos, self._message.delivery_tag)
+            log.warning("not acknowledged, comes back task_id=%s", self.id)
+            self._message.channel.qos.give_back(self._message.delivery_tag, counted=self._failed_by_itself)
             self.send_event("task-rejected", requeue=True)
+
+    def on_failure(self, exc_info: Any, *args: Any, **kwargs: Any) -> Any:
+        """Note whether the message itself may be the reason: such a one is not given back for ever."""
+        exc = exc_info.exception
+        self._failed_by_itself = isinstance(exc, NotHandedOver) and exc.by_itself
+        return super().on_failure(exc_info, *args, **kwargs)
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
         try:
@@ -101,12 +106,6 @@ class RelayTask(Task[Any, Any]):
     def on_revoked(self, request: RelayRequest) -> None:
         """Do what a cancelled (or expired) message needs, before its end is written."""
 
-    def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
-        """Go on waiting when the message has come only a hop of its way."""
-        left = (self.request.get("not_before") or 0) - time.time()
-        if left > 0.5:
-            raise self.retry(countdown=left)
-
     def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
         """Publish it, with what may be shown of its arguments and nothing else."""
         shown = self.shown(args, kwargs or {}, options.get("task_id") or "")
@@ -119,9 +118,6 @@ class RelayTask(Task[Any, Any]):
         Raises NotHandedOver when Redis does not take it.
         """
         self.request.next_in_s = countdown
-        if countdown > HOP_S:
-            options["headers"] = {"not_before": time.time() + countdown}
-            countdown = HOP_S
         try:
             return super().retry(countdown=countdown, exc=exc, throw=False, **options)
         except Reject as exc:
@@ -150,7 +146,8 @@ def _keep_unfinished(tracer: Callable[..., Any]) -> Callable[..., Any]:
         except MemoryError:
             raise
         except Exception as exc:  # noqa: BLE001 - of whichever kind: the cause is kept and said
-            kept = exc if isinstance(exc, NotHandedOver) else NotHandedOver(repr(exc))
+            of_redis = isinstance(exc, RedisError | OperationalError | OSError)
+            kept = exc if isinstance(exc, NotHandedOver) else NotHandedOver(repr(exc), by_itself=not of_redis)
             log.warning("not written task_id=%s: %s", uuid, kept.reason)
             try:
                 raise kept
@@ -167,9 +164,9 @@ def _make_app() -> Celery[Any]:
         for mistake in exc.mistakes:
             print(f"dagrelay: {mistake}", file=sys.stderr)  # noqa: T201 - there is no log yet
         raise SystemExit(78) from None  # EX_CONFIG
-    redis_transport.register()
     made = Celery("dagrelay", task_cls=RelayTask, set_as_current=True)
     made.config_from_object("celeryconfig")
+    redis_transport_worker.install(made)
     return made
 
 

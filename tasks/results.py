@@ -30,9 +30,11 @@ class NotHandedOver(Reject):
     A Reject, because Celery lets only that pass from every place where it writes something.
     """
 
-    def __init__(self, reason: str = "", requeue: bool = True) -> None:
+    def __init__(self, reason: str = "", requeue: bool = True, by_itself: bool = False) -> None:
         super().__init__(reason, requeue=True)
         self.reason = reason
+        self.by_itself = by_itself
+        """Whether the message may be the reason, and not Redis: it is not to come back for ever."""
 
 
 _STATES: dict[str, State] = {

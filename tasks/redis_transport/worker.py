@@ -1,0 +1,160 @@
+"""What the transport adds to a Celery worker: `install(app)`.
+
+- A revoke also reaches a task that is parked: it is marked and sent on, so that Celery itself ends it, at
+  once, whichever worker gets it, and also if every worker is started again meanwhile.
+- A message that is parked when it is claimed is announced to Flower, once, as received.
+- A task that runs for longer than its budget ends the process, loudly, instead of being renewed for ever.
+- A pool without an event loop is refused at the start, with the reason.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from celery import Celery, bootsteps, signals
+from celery.exceptions import ImproperlyConfigured
+from celery.utils.log import get_logger
+from celery.worker import state as worker_state
+from celery.worker.control import Panel
+
+from . import channel as transport
+from . import register
+
+log = get_logger("redis_transport")
+
+BUDGET_S: Final = 900.0
+"""How long a task may run by default. Ours need less than one minute."""
+
+BUDGET_CHECK_S: Final = 10.0
+EXIT_STUCK: Final = 70
+"""EX_SOFTWARE: what the process ends with when a task is stuck."""
+
+EXIT_GRACE_S: Final = 10.0
+
+
+def install(app: Celery[Any], *, budget_s: float = BUDGET_S) -> None:
+    """Use the transport in the workers of this app."""
+    signals.celeryd_init.connect(_on_celeryd_init, weak=False)
+    app.steps["worker"].add(RefuseGreen)
+    app.steps["consumer"].add(Announce)
+    Budget.budget_s = budget_s
+    app.steps["consumer"].add(Budget)
+    if Panel.data.get("revoke") is not _revoke_parked_too:
+        _revoke_parked_too.original = Panel.data["revoke"]  # type: ignore[attr-defined]
+        Panel.data["revoke"] = _revoke_parked_too
+
+
+def _on_celeryd_init(**_: Any) -> None:
+    register()
+
+
+class RefuseGreen(bootsteps.Step):
+    """Refuse gevent and eventlet: their loop is not the one that this transport's sockets are read by."""
+
+    def __init__(self, worker: Any, **kwargs: Any) -> None:
+        if getattr(worker.pool_cls, "is_green", False) and not _stock(worker.app):
+            raise ImproperlyConfigured(
+                "the pools gevent and eventlet have no event loop for this transport: use -P threads "
+                "(or processes, or solo), or the transport option fetch='stock'"
+            )
+        super().__init__(worker, **kwargs)
+
+
+def _stock(app: Any) -> bool:
+    return bool(app.conf.broker_transport_options.get("fetch") == "stock")
+
+
+class Announce(bootsteps.StartStopStep):
+    """Tell Flower of a message that was parked before Celery has seen it."""
+
+    requires = ("celery.worker.consumer.events:Events",)
+
+    def start(self, consumer: Any) -> None:
+        self._dispatcher = consumer.event_dispatcher
+        self._app = consumer.app
+        transport.parked.connect(self._on_parked, weak=False, dispatch_uid="redis_transport")
+
+    def stop(self, consumer: Any) -> None:
+        transport.parked.disconnect(self._on_parked, dispatch_uid="redis_transport")
+
+    def _on_parked(self, headers: dict[str, Any], due: float, **_: Any) -> None:
+        dispatcher = self._dispatcher
+        if dispatcher is None or not dispatcher.enabled or "task" not in headers:
+            return
+        task = self._app.tasks.get(headers["task"])
+        if task is None or not task.send_events:
+            return
+        dispatcher.send(
+            "task-received",
+            uuid=headers["id"],
+            name=headers["task"],
+            args=headers.get("argsrepr") or "",
+            kwargs=headers.get("kwargsrepr") or "",
+            root_id=headers.get("root_id"),
+            parent_id=headers.get("parent_id"),
+            retries=headers.get("retries") or 0,
+            eta=datetime.fromtimestamp(due, UTC).isoformat(),
+            expires=headers.get("expires"),
+        )
+
+
+class Budget(bootsteps.StartStopStep):
+    """End the process when a task has run for longer than its budget."""
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+    budget_s = BUDGET_S
+
+    def start(self, consumer: Any) -> None:
+        if consumer.hub is not None:
+            self._entry = consumer.hub.timer.call_repeatedly(BUDGET_CHECK_S, self.check, ())
+
+    def stop(self, consumer: Any) -> None:
+        entry = getattr(self, "_entry", None)
+        if entry is not None:
+            entry.cancel()
+
+    def check(self) -> None:
+        """Look at every running task; end the process for one that is over its budget."""
+        now = time.monotonic()
+        for request in tuple(worker_state.active_requests):
+            started = request.time_start
+            if started is None:
+                continue
+            # Celery keeps time_start as monotonic or as wall time, by release and pool.
+            ran_s = now - started if started <= now else time.time() - started
+            if ran_s > self.budget_s:
+                end_stuck(
+                    f"task {request.name}[{request.id}] runs for {ran_s:.0f} s, over its {self.budget_s:g} s"
+                )
+                return
+
+
+def end_stuck(reason: str) -> None:
+    """End this process: give back what it holds, ask Celery for a cold shutdown, and insist."""
+    log.critical("this worker is stuck and ends: %s", reason)
+    for hand in tuple(transport._hands.values()):
+        hand.release()
+    worker_state.should_terminate = EXIT_STUCK
+    # A thread that is stuck would keep the process alive for ever.
+    timer = threading.Timer(EXIT_GRACE_S, os._exit, (EXIT_STUCK,))
+    timer.daemon = True
+    timer.start()
+
+
+def _revoke_parked_too(state: Any, task_id: Any = None, **kwargs: Any) -> Any:
+    """Revoke, and send on what of it is parked."""
+    ids = [task_id] if isinstance(task_id, str) else list(task_id or ())
+    original = _revoke_parked_too.original  # type: ignore[attr-defined]
+    answer = original(state, task_id, **kwargs)
+    try:
+        with state.app.connection_for_write() as connection:
+            lot = connection.default_channel.lot
+            for each in ids:
+                lot.revoke(each)
+    except Exception as exc:  # noqa: BLE001 - the revoke itself has been done; a parked task ends when it is due
+        log.warning("a parked task was not looked for: %s", exc)
+    return answer
