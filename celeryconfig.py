@@ -75,7 +75,7 @@ task_send_sent_event = False  # one more event for each task, and it says nothin
 task_track_started = False
 
 worker_pool = "threads"  # a worker waits for HTTP: a thread costs 0.1 MB for it, a process 60
-# `-P processes` asks for Celery's prefork pool: `-P prefork` reads as the option's default, and loses to this.
+# `-P processes` asks for Celery's prefork pool: `-P prefork` reads as the option's default, and this wins.
 worker_concurrency = _settings.concurrency
 worker_prefetch_multiplier = 1  # what one worker holds back, another could do
 worker_send_task_events = True  # what Flower shows

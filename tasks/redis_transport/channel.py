@@ -36,7 +36,7 @@ from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry
 
 from . import messages, scripts
-from .hand import RETRY_S, Hand
+from .hand import RETRY_S, Hand, Line
 from .keys import Keys
 from .lot import Lot
 
@@ -53,8 +53,9 @@ BLOCK_S: Final = 5
 OVERDUE_S: Final = 10
 """How much later than that a reply may come before the connection counts as half open."""
 
-PUMP_S: Final = 0.1
-"""How often what is due is looked for, by all workers together twice as often (see `Feeder.pump`)."""
+PUMP_S: Final = 0.16
+"""How often what is due is looked for: what was parked by somebody else in between comes back so much late at
+the most. What is known to be due before the next look is moved on time (see `Feeder.pump`)."""
 
 BATCH_DELAY_S: Final = 0.002
 """How long a worker with some messages in work waits for more credit before it claims again."""
@@ -63,10 +64,10 @@ MOST_A_CLAIM: Final = 200
 MAX_RETURNS: Final = 10
 """How often a message may come back from workers that died with it, before it counts as their reason."""
 
-parked: Final = Signal(name="parked", providing_args={"headers", "due"})
+parked: Final = Signal(name="parked", providing_args=["headers", "due"])
 """Sent with the headers of a message that was parked when it was claimed: it has not been seen by Celery."""
 
-quarantined: Final = Signal(name="quarantined", providing_args={"reason", "queue_key"})
+quarantined: Final = Signal(name="quarantined", providing_args=["reason", "queue_key"])
 """Sent when a message was put into quarantine."""
 
 
@@ -202,6 +203,7 @@ class Feeder:
     def __init__(self, channel: Channel, loop: Any) -> None:
         self.channel, self.loop = channel, loop
         self.hand = channel.hand
+        self.lot = Lot(self.hand.client, self.hand.keys)
         self.pool = channel.blocking_pool()
         self.moves: dict[str, Move] = {}
         self.queues: list[str] = []
@@ -323,12 +325,13 @@ class Feeder:
         now = time.monotonic()
         if self.closed or now < self.next_pump:
             return
-        count, next_in, workers = self.channel.lot.move_due()
+        count, next_in, workers = self.lot.move_due()
         if count >= 1000:
             self.next_pump = now
             self.loop.call_soon(self.pump)
         else:
-            self.next_pump = now + PUMP_S * max(1, workers) / 2 - PUMP_S / 4
+            # The more workers there are, the less often each looks; the timers' phases are random.
+            self.next_pump = now + PUMP_S * (max(1, workers) / 2 if workers > 2 else 0)
             if next_in is not None and 0 < next_in < PUMP_S:
                 self.loop.call_later(next_in + 0.001, self._pump_now)
 
@@ -436,8 +439,9 @@ class Channel(kombu_redis.Channel):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._kept_client: Any = None
         self.feeder: Feeder | None = None
+        self._hand: Hand | None = None
         super().__init__(*args, **kwargs)
-        self.QoS = StockQoS if self.stock else QoS
+        self.QoS: Any = StockQoS if self.stock else QoS
 
     @property
     def stock(self) -> bool:
@@ -460,6 +464,8 @@ class Channel(kombu_redis.Channel):
         """The hand of this process in this Redis, whichever channel asks."""
         conninfo = self.connection.client if self.connection else None
         if conninfo is None:  # closed; what it delivered is still held, and acknowledged
+            if self._hand is None:
+                raise RuntimeError("a closed channel that never consumed holds nothing")
             return self._hand
         params = self._connparams()
         name = (params.get("host"), params.get("port"), params.get("path"), params.get("db"), self.keys)
@@ -469,9 +475,7 @@ class Channel(kombu_redis.Channel):
                 # No retries of redis-py's own: a claim whose answer is lost is looked into, not repeated.
                 params |= {"retry": Retry(NoBackoff(), 0), "retry_on_timeout": False}
                 pool = redis.ConnectionPool(**params)
-                found = _hands[name] = Hand(
-                    redis.Redis(connection_pool=pool), self.keys, float(self.visibility_timeout)
-                )
+                found = _hands[name] = Hand(Line(pool), self.keys, float(self.visibility_timeout))
         self._hand = found
         return found
 
@@ -486,7 +490,7 @@ class Channel(kombu_redis.Channel):
     @property
     def active_queues(self) -> list[str]:
         """The queues that kombu's poller is to serve: none, but in the stock fetch."""
-        queues: list[str] = kombu_redis.Channel.active_queues.fget(self)  # type: ignore[attr-defined]
+        queues: list[str] = kombu_redis.Channel.active_queues.fget(self)
         return queues if self.stock else []
 
     @property
@@ -494,7 +498,7 @@ class Channel(kombu_redis.Channel):
         """The queues that the feeder serves."""
         if self.stock:
             return []
-        queues: list[str] = kombu_redis.Channel.active_queues.fget(self)  # type: ignore[attr-defined]
+        queues: list[str] = kombu_redis.Channel.active_queues.fget(self)
         return queues
 
     def _update_queue_cycle(self) -> None:

@@ -10,6 +10,7 @@ import atexit
 import hashlib
 import os
 import socket
+import threading
 import time
 import uuid
 import weakref
@@ -19,8 +20,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from celery.utils.log import get_logger
-from redis import Redis
-from redis.exceptions import RedisError
+from redis import ConnectionPool
+from redis.exceptions import RedisError, ResponseError
 
 from . import scripts
 from .keys import Keys
@@ -45,11 +46,36 @@ class Held:
     sha: str | None
 
 
+class Line:
+    """One connection, and commands over it: a third of the CPU of redis-py's client, which asks its pool each
+    time. What fails is not repeated: the caller finds out what became of it."""
+
+    def __init__(self, pool: ConnectionPool) -> None:
+        self._pool = pool
+        self._connection: Any = None
+        self._lock = threading.Lock()
+
+    def execute_command(self, *args: Any) -> Any:
+        """Send one command and return the reply. Raises what redis-py raises."""
+        with self._lock:
+            if self._connection is None:
+                self._connection = self._pool.get_connection()
+            connection = self._connection
+            try:
+                connection.send_command(*args)
+                return connection.read_response()
+            except ResponseError:
+                raise
+            except BaseException:
+                connection.disconnect()
+                raise
+
+
 class Hand:
     """The messages of one process in one Redis. Its methods are called by the event loop's thread, but `ack`,
     `give_back` and what a garbage collector calls, which any thread may."""
 
-    def __init__(self, client: Redis, keys: Keys, lease_s: float) -> None:
+    def __init__(self, client: Line, keys: Keys, lease_s: float) -> None:
         self.client, self.keys, self.lease_s = client, keys, lease_s
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:12]}"
         self.pid = os.getpid()
@@ -72,7 +98,7 @@ class Hand:
         self.held[tag] = Held(None, sha)
 
     def attach(self, tag: int, message: Any, on_gone: Callable[[int], None]) -> bool:
-        """Note who has a held message; tell whether it is held. When nobody has it any more, it is given back.
+        """Note who has a message; tell whether it is held. When nobody has it any more, it is given back.
 
         Celery forgets messages without a word: those of a rate-limited task when the connection is lost,
         those which a pool had not begun when it is shut down.
@@ -104,7 +130,7 @@ class Hand:
         """Forget a message that a script has moved on already."""
         held = self.held.pop(tag, None)
         if held is not None and held.sha is not None:
-            self.client.hdel(self.keys.returned, held.sha)
+            self.client.execute_command("HDEL", self.keys.returned, held.sha)
 
     def take_acks(self) -> tuple[list[int], list[str]]:
         """Return the tags to acknowledge, and the SHA-1s of those that had come back before."""
@@ -182,7 +208,7 @@ class Hand:
 
     def _find_unknown(self) -> None:
         """Give back what was claimed for us by a call whose answer was lost."""
-        for raw_tag in self.client.hkeys(self.held_key):
+        for raw_tag in self.client.execute_command("HKEYS", self.held_key):
             tag = int(raw_tag)
             if tag not in self.held:
                 self.held[tag] = Held(None, None)
@@ -193,7 +219,7 @@ class Hand:
         """Say from which queues moves will fetch into this process's hands, before the first of them."""
         new = set(queue_keys) - self._queues
         if new:
-            self.client.sadd(self.keys.hands(self.owner), *new)
+            self.client.execute_command("SADD", self.keys.hands(self.owner), *new)
             self._queues |= new
             self.renew()
 
@@ -237,7 +263,7 @@ class Hand:
         self.held.clear()
 
 
-def restore(client: Redis, keys: Keys, why: str, owner: str = "") -> tuple[str, int, int] | None:
+def restore(client: Line, keys: Keys, why: str, owner: str = "") -> tuple[str, int, int] | None:
     """Run RESTORE once: for one dead owner, or for the one that stops."""
     answer = scripts.RESTORE(
         client,

@@ -9,8 +9,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from redis import Redis
-
 from . import messages, scripts
 from .keys import Keys
 
@@ -41,7 +39,7 @@ class Quarantined:
 class Lot:
     """The parked messages in one Redis. Every method raises what redis-py raises."""
 
-    def __init__(self, client: Redis, keys: Keys) -> None:
+    def __init__(self, client: Any, keys: Keys) -> None:
         self._client, self._keys = client, keys
 
     def park(
@@ -106,7 +104,7 @@ class Lot:
         return sum(pipe.execute())
 
     def revoke(self, task_id: str) -> bool:
-        """Mark a parked task as revoked and send it on, so that Celery ends it; tell whether it was parked."""
+        """Mark a parked task as revoked and send it on, for Celery to end it; tell whether it was parked."""
         while True:
             value = self._client.hget(self._keys.parked, task_id)
             if value is None:

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
-from redis import Redis
 from redis.exceptions import NoScriptError
+
+
+class Client(Protocol):
+    """What a script needs: redis-py's client has it, and so has `hand.Line`."""
+
+    def execute_command(self, *args: Any) -> Any: ...
 
 
 class Script:
@@ -21,7 +26,7 @@ class Script:
         self.lua = lua
         self.sha = hashlib.sha1(lua.encode(), usedforsecurity=False).hexdigest()
 
-    def __call__(self, client: Redis, keys: Sequence[str], args: Sequence[Any]) -> Any:
+    def __call__(self, client: Client, keys: Sequence[str], args: Sequence[Any]) -> Any:
         """Run it in one round trip. Raises what redis-py raises."""
         try:
             return client.execute_command("EVALSHA", self.sha, len(keys), *keys, *args)

@@ -44,7 +44,7 @@ def install(app: Celery[Any], *, budget_s: float = BUDGET_S) -> None:
     Budget.budget_s = budget_s
     app.steps["consumer"].add(Budget)
     if Panel.data.get("revoke") is not _revoke_parked_too:
-        _revoke_parked_too.original = Panel.data["revoke"]  # type: ignore[attr-defined]
+        _revoke_parked_too.original = Panel.data["revoke"]
         Panel.data["revoke"] = _revoke_parked_too
 
 
@@ -138,7 +138,7 @@ def end_stuck(reason: str) -> None:
     log.critical("this worker is stuck and ends: %s", reason)
     for hand in tuple(transport._hands.values()):
         hand.release()
-    worker_state.should_terminate = EXIT_STUCK
+    worker_state.should_terminate = EXIT_STUCK  # type: ignore[assignment]
     # A thread that is stuck would keep the process alive for ever.
     timer = threading.Timer(EXIT_GRACE_S, os._exit, (EXIT_STUCK,))
     timer.daemon = True
@@ -148,7 +148,7 @@ def end_stuck(reason: str) -> None:
 def _revoke_parked_too(state: Any, task_id: Any = None, **kwargs: Any) -> Any:
     """Revoke, and send on what of it is parked."""
     ids = [task_id] if isinstance(task_id, str) else list(task_id or ())
-    original = _revoke_parked_too.original  # type: ignore[attr-defined]
+    original = _revoke_parked_too.original
     answer = original(state, task_id, **kwargs)
     try:
         with state.app.connection_for_write() as connection:
