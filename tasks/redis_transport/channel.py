@@ -544,10 +544,6 @@ class Channel(kombu_redis.Channel):
         hand = self.hand
         try:
             readable = messages.read(raw, queue, accept=self.accept, timezone=self.zone)
-            if times > MAX_RETURNS:
-                raise messages.Unreadable(
-                    f"it came back {times} times from workers that died or failed with it"
-                )
         except messages.Unreadable as exc:
             self.put_aside(raw, queue_key, str(exc), tag)
             return
