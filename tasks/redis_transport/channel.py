@@ -32,7 +32,7 @@ from celery.worker import state as worker_state
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 from redis.retry import Retry
 
 from . import messages, scripts
@@ -55,17 +55,18 @@ OVERDUE_S: Final = 10
 
 PUMP_S: Final = 0.16
 """How often what is due is looked for: what was parked by somebody else in between comes back so much late at
-the most. What is known to be due before the next look is moved on time (see `Feeder.pump`)."""
+the most. What is known to be due before the next look is moved on time (see `Pump`)."""
 
 BATCH_DELAY_S: Final = 0.002
 """How long a worker with some messages in work waits for more credit before it claims again."""
 
 MOST_A_CLAIM: Final = 200
+MOST_A_MOVE: Final = 1000
 MAX_RETURNS: Final = 10
 """How often a message may come back from workers that died with it, before it counts as their reason."""
 
-parked: Final = Signal(name="parked", providing_args=["headers", "due"])
-"""Sent with the headers of a message that was parked when it was claimed: it has not been seen by Celery."""
+parked: Final = Signal(name="parked", providing_args=["readable", "due"])
+"""Sent with a message that was parked when it was claimed: it has not been seen by Celery."""
 
 quarantined: Final = Signal(name="quarantined", providing_args=["reason", "queue_key"])
 """Sent when a message was put into quarantine."""
@@ -170,6 +171,10 @@ class Move:
         """Read the reply: a message is in our hand, or the time was over."""
         try:
             found = self.connection.read_response()
+        except OutOfMemoryError:  # a move may need memory, and a claim does not: go on by claims
+            self.armed = False
+            self.feeder.refused()
+            return
         except BaseException:
             self.close()
             raise
@@ -203,16 +208,16 @@ class Feeder:
     def __init__(self, channel: Channel, loop: Any) -> None:
         self.channel, self.loop = channel, loop
         self.hand = channel.hand
-        self.lot = Lot(self.hand.client, self.hand.keys)
-        self.pool = channel.blocking_pool()
+        self.pool = channel.own_pool()
         self.moves: dict[str, Move] = {}
         self.queues: list[str] = []
         self.lists: list[tuple[str, str]] = []  # queue, list; in groups of equal priority
         self.more = True  # the last claim got all that it asked for
         self.full_hands: set[str] = set()
         self.waiting_since = 0.0
+        self.refused_until = 0.0
         self.closed = False
-        self.next_pump = 0.0
+        self.since = time.monotonic()
         if register_after_fork is not None:
             register_after_fork(self, Feeder._after_fork)
 
@@ -220,6 +225,7 @@ class Feeder:
         """In a child of a pool: give up the parent's sockets, without a word to the server."""
         for move in self.moves.values():
             move.connection.disconnect()  # redis-py only closes what another process has opened
+        self.hand.client.close()
 
     def set_queues(self, queues: list[str]) -> None:
         """Serve these queues from now on."""
@@ -244,7 +250,7 @@ class Feeder:
 
     def tick(self) -> None:
         """Called once in each turn of the event loop. Raises what redis-py raises."""
-        if self.closed:
+        if self.closed or self.hand.closed:
             return
         self.hand.return_due()
         if not self.lists:
@@ -256,7 +262,9 @@ class Feeder:
                 self.claim(credit)
         elif self.hand.has_acks:
             self.hand.flush()
-        if not self.more and credit:
+        if self.refused_until and time.monotonic() >= self.refused_until:
+            self.refused_until, self.more = 0.0, True
+        if not self.more and credit and not self.refused_until:
             for _, queue_key in self.lists:
                 move = self.moves.get(queue_key)
                 if move is None:
@@ -285,6 +293,10 @@ class Feeder:
         """A move has put a message into our hand."""
         self.full_hands.add(queue_key)
 
+    def refused(self) -> None:
+        """Redis is full and refuses to block: claim again in a second."""
+        self.refused_until = time.monotonic() + 1.0
+
     def claim(self, credit: int) -> None:
         """Acknowledge, empty the hands, and claim up to `credit`; deliver what was claimed."""
         wanted = min(credit, MOST_A_CLAIM)
@@ -308,40 +320,25 @@ class Feeder:
             self.hand.uncertain = True
             raise
         self.full_hands.clear()
-        self.more = len(found) >= wanted > 0
+        if wanted:
+            self.more = len(found) >= wanted
         for tag, _, times, raw in found:
             self.hand.hold(tag, raw, times)
         for index, (tag, number, times, raw) in enumerate(found):
             queue, queue_key = self.lists[number - 1]
             try:
                 self.channel.deliver(tag, queue, queue_key, raw, times)
+            except ResponseError as exc:  # full: what would need room waits, what does not goes on
+                log.warning("a message could not be put where it belongs yet: %s", exc)
+                self.hand.give_back(tag, after_s=RETRY_S)
             except BaseException:
                 for unseen, *_ in found[index:]:
                     self.hand.give_back(unseen)
                 raise
 
-    def pump(self) -> None:
-        """Bring back what is due. Each worker looks less often the more of them there are."""
-        now = time.monotonic()
-        if self.closed or now < self.next_pump:
-            return
-        count, next_in, workers = self.lot.move_due()
-        if count >= 1000:
-            self.next_pump = now
-            self.loop.call_soon(self.pump)
-        else:
-            # The more workers there are, the less often each looks; the timers' phases are random.
-            self.next_pump = now + PUMP_S * (max(1, workers) / 2 if workers > 2 else 0)
-            if next_in is not None and 0 < next_in < PUMP_S:
-                self.loop.call_later(next_in + 0.001, self._pump_now)
-
-    def _pump_now(self) -> None:
-        self.next_pump = 0.0
-        self.pump()
-
     def renew(self) -> None:
         """Renew the lease, find what was lost from sight, and drop connections that are half open."""
-        if self.closed:
+        if self.closed or self.hand.closed:
             return
         self.hand.renew()
         self.full_hands |= {key for _, key in self.lists}
@@ -351,8 +348,12 @@ class Feeder:
                 move.close()
 
     def restore_dead(self) -> None:
-        """Put back what dead workers held."""
-        if not self.closed:
+        """Put back what dead workers held.
+
+        Not before this one has been connected for a whole lease: after an outage of Redis every lease has
+        run out, and the others, alive and busy, need time to connect and renew theirs.
+        """
+        if not self.closed and time.monotonic() - self.since >= self.hand.lease_s:
             self.hand.restore_dead()
 
     def close(self) -> None:
@@ -365,6 +366,44 @@ class Feeder:
                 move.close()
         self.moves.clear()
         self.pool.disconnect()
+
+
+class Pump:
+    """Brings back to their queues what is due; every worker has a pump, and each move is atomic."""
+
+    def __init__(self, channel: Channel, loop: Any) -> None:
+        self.loop = loop
+        self.line = Line(channel.own_pool())
+        self.lot = Lot(self.line, channel.keys)
+        self.next_at = 0.0
+        self.closed = False
+        if register_after_fork is not None:
+            register_after_fork(self, Pump._after_fork)
+
+    def _after_fork(self) -> None:
+        self.line.close()
+
+    def pump(self) -> None:
+        """Bring back what is due, unless that was done a moment ago. Raises what redis-py raises."""
+        now = time.monotonic()
+        if self.closed or now < self.next_at:
+            return
+        count, next_in, workers = self.lot.move_due(MOST_A_MOVE)
+        if count >= MOST_A_MOVE:
+            self.loop.call_soon(self.pump)
+            return
+        # The more workers there are, the less often each looks; the phases of their timers are random.
+        self.next_at = now + (PUMP_S * workers / 2 if workers > 2 else 0)
+        if next_in is not None and 0 < next_in < PUMP_S:
+            self.loop.call_later(next_in + 0.001, self._pump_now)
+
+    def _pump_now(self) -> None:
+        self.next_at = 0.0
+        self.pump()
+
+    def close(self) -> None:
+        self.closed = True
+        self.line.close()
 
 
 def _nothing() -> None:
@@ -439,6 +478,7 @@ class Channel(kombu_redis.Channel):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._kept_client: Any = None
         self.feeder: Feeder | None = None
+        self.pump: Pump | None = None
         self._hand: Hand | None = None
         super().__init__(*args, **kwargs)
         self.QoS: Any = StockQoS if self.stock else QoS
@@ -462,6 +502,8 @@ class Channel(kombu_redis.Channel):
     @property
     def hand(self) -> Hand:
         """The hand of this process in this Redis, whichever channel asks."""
+        if self._hand is not None and not self._hand.closed:
+            return self._hand
         conninfo = self.connection.client if self.connection else None
         if conninfo is None:  # closed; what it delivered is still held, and acknowledged
             if self._hand is None:
@@ -472,15 +514,16 @@ class Channel(kombu_redis.Channel):
         with _hands_lock:
             found = _hands.get(name)
             if found is None or found.closed:
-                # No retries of redis-py's own: a claim whose answer is lost is looked into, not repeated.
-                params |= {"retry": Retry(NoBackoff(), 0), "retry_on_timeout": False}
-                pool = redis.ConnectionPool(**params)
-                found = _hands[name] = Hand(Line(pool), self.keys, float(self.visibility_timeout))
+                line = Line(self.own_pool())
+                found = _hands[name] = Hand(line, self.keys, float(self.visibility_timeout))
         self._hand = found
         return found
 
-    def blocking_pool(self) -> redis.ConnectionPool:
-        """Return a pool for connections that block for longer than a socket's timeout."""
+    def own_pool(self) -> redis.ConnectionPool:
+        """Return a pool for connections that outlive this channel, or block.
+
+        Without retries of redis-py's own: a claim whose answer is lost is looked into, not repeated.
+        """
         params = self._connparams()
         params |= {"max_connections": 1000, "retry": Retry(NoBackoff(), 0), "retry_on_timeout": False}
         return redis.ConnectionPool(**params)
@@ -535,6 +578,8 @@ class Channel(kombu_redis.Channel):
 
     def feed(self, loop: Any) -> None:
         """Serve this channel's queues from an event loop."""
+        if self.pump is None:
+            self.pump = Pump(self, loop)
         if self.feeder is None and not self.stock:
             self.feeder = Feeder(self, loop)
             self.feeder.set_queues(self.fed_queues)
@@ -593,7 +638,7 @@ class Channel(kombu_redis.Channel):
         if not self.stock:
             self.hand.drop(tag)
         if answer == "parked":
-            parked.send(sender=self, headers=readable.headers, due=due)
+            parked.send(sender=self, readable=readable, due=due)
         return False
 
     def ready(self, readable: messages.Readable, times: int) -> None:
@@ -623,6 +668,8 @@ class Channel(kombu_redis.Channel):
     def close(self) -> None:
         if self.feeder is not None:
             self.feeder.close()
+        if self.pump is not None:
+            self.pump.close()
         if self.connection is not None and self._consumers and not self.stock:
             self.hand  # noqa: B018 - kept for acknowledgements that come after the connection's end
         super().close()
@@ -636,7 +683,7 @@ class Cycle(kombu_redis.MultiChannelPoller):
     def on_poll_start(self) -> None:
         super().on_poll_start()
         for channel in tuple(self._channels):
-            if channel._active_queues and channel.feeder is None and self.loop is not None:
+            if channel._active_queues and channel.pump is None and self.loop is not None:
                 channel.feed(self.loop)
             if channel.feeder is not None:
                 channel.feeder.tick()
@@ -645,6 +692,11 @@ class Cycle(kombu_redis.MultiChannelPoller):
         for channel in tuple(self._channels):
             if channel.feeder is not None:
                 call(channel.feeder)
+
+    def pump(self) -> None:
+        for channel in tuple(self._channels):
+            if channel.pump is not None:
+                channel.pump.pump()
 
     def get(self, callback: Any, timeout: float | None = None) -> Any:
         if any(channel.fed_queues for channel in self._channels):
@@ -672,7 +724,7 @@ class Transport(kombu_redis.Transport):
         options = connection.client.transport_options
         lease_s = float(options.get("visibility_timeout", Channel.visibility_timeout))
         # Celery cancels the timers of a lost connection.
-        loop.call_repeatedly(PUMP_S, cycle.each_feeder, Feeder.pump)
+        loop.call_repeatedly(PUMP_S, cycle.pump)
         loop.call_repeatedly(lease_s / 3, cycle.each_feeder, Feeder.renew)
         loop.call_repeatedly(max(1.0, lease_s / 6), cycle.each_feeder, Feeder.restore_dead)
 

@@ -44,6 +44,7 @@ class Held:
 
     message: weakref.ref[Any] | None
     sha: str | None
+    returning: bool = False
 
 
 class Line:
@@ -69,6 +70,11 @@ class Line:
             except BaseException:
                 connection.disconnect()
                 raise
+
+    def close(self) -> None:
+        """Disconnect; the next command connects again. In a child after a fork it closes its copy only."""
+        if self._connection is not None:
+            self._connection.disconnect()
 
 
 class Hand:
@@ -118,7 +124,10 @@ class Hand:
 
     def give_back(self, tag: int, *, after_s: float = 0.0, counted: bool = False) -> None:
         """Put a message back to the front of its queue, now or in a while; count it as a failure or not."""
-        self._returns.append((time.monotonic() + after_s, tag, counted))
+        held = self.held.get(tag)
+        if held is not None and not held.returning:
+            held.returning = True
+            self._returns.append((time.monotonic() + after_s, tag, counted))
 
     def _forgotten(self, tag: int, on_gone: Callable[[int], None]) -> None:
         on_gone(tag)
@@ -221,7 +230,7 @@ class Hand:
         if new:
             self.client.execute_command("SADD", self.keys.hands(self.owner), *new)
             self._queues |= new
-            self.renew()
+        self.renew()
 
     def restore_dead(self) -> int:
         """Put back what processes hold whose lease has run out; return how many messages."""

@@ -1,7 +1,9 @@
 """The Lua: each script is one step of the protocol, and all of it happens or nothing does.
 
-Every clock here is Redis' own. A script that Redis refuses because it is full is refused at its first write,
-before it has changed anything; one that has begun to write is let finish (so Redis has it since 4.0).
+Every clock here is Redis' own. Where Redis is full (`maxmemory` with noeviction), it refuses a script at the
+first write that may need memory, unless the script has written before: so a script changes nothing or all.
+Those which only move what is there already begin with a deletion, and go on working; what brings something
+new in is refused.
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ for _, key in ipairs({held, returned}) do
   at = at + count + 1
 end
 if not redis.call('ZSCORE', leases, owner) then
+  redis.call('HDEL', held, '')  -- nothing: see RENEW
   redis.call('ZADD', leases, string.format('%.6f', now + ttl), owner)
 end
 local answer, found = {}, {}
@@ -123,6 +126,7 @@ RENEW: Final = Script(
     _NOW
     + """
 local had = redis.call('ZSCORE', KEYS[1], ARGV[1])
+redis.call('HDEL', KEYS[2], '')  -- nothing: a deletion, so that a full Redis does not end leases
 redis.call('ZADD', KEYS[1], string.format('%.6f', now + ARGV[2]), ARGV[1])
 return {had and 1 or 0, redis.call('HLEN', KEYS[2])}
 """
@@ -137,8 +141,8 @@ for i = 2, #ARGV do
   if value then
     local cut = string.find(value, '\\0', 1, true)
     local message = string.sub(value, cut + 1)
-    redis.call('RPUSH', string.sub(value, 1, cut - 1), message)
     redis.call('HDEL', KEYS[1], ARGV[i])
+    redis.call('RPUSH', string.sub(value, 1, cut - 1), message)
     if ARGV[1] == '1' then redis.call('HINCRBY', KEYS[2], redis.sha1hex(message), 1) end
     back = back + 1
   end
@@ -179,8 +183,8 @@ for i = 1, #page, 2 do
   local value = page[i + 1]
   local cut = string.find(value, '\\0', 1, true)
   local message = string.sub(value, cut + 1)
-  redis.call('RPUSH', string.sub(value, 1, cut - 1), message)
   redis.call('HDEL', held, page[i])
+  redis.call('RPUSH', string.sub(value, 1, cut - 1), message)
   if ARGV[4] == 'dead' then redis.call('HINCRBY', returned, redis.sha1hex(message), 1) end
   back = back + 1
 end
@@ -214,10 +218,10 @@ if due <= now then
   redis.call('LPUSH', ARGV[4], ARGV[5])
   return 'queued'
 end
+if tag ~= '' then redis.call('HDEL', KEYS[3], tag) end
 redis.call('HSET', parked, id,
   ARGV[3] .. '\\0' .. string.format('%.3f', now) .. '\\0' .. ARGV[4] .. '\\0' .. ARGV[5])
 redis.call('ZADD', KEYS[2], ARGV[2], id)
-if tag ~= '' then redis.call('HDEL', KEYS[3], tag) end
 return 'parked'
 """
 )
@@ -234,8 +238,8 @@ for _, id in ipairs(ids) do
     local a = string.find(value, '\\0', 1, true)
     local b = string.find(value, '\\0', a + 1, true)
     local c = string.find(value, '\\0', b + 1, true)
-    redis.call('LPUSH', string.sub(value, b + 1, c - 1), string.sub(value, c + 1))
     redis.call('HDEL', KEYS[1], id)
+    redis.call('LPUSH', string.sub(value, b + 1, c - 1), string.sub(value, c + 1))
   end
   redis.call('ZREM', KEYS[2], id)
 end

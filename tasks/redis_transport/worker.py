@@ -23,6 +23,7 @@ from celery.worker.control import Panel
 
 from . import channel as transport
 from . import register
+from .messages import Readable
 
 log = get_logger("redis_transport")
 
@@ -81,19 +82,23 @@ class Announce(bootsteps.StartStopStep):
     def stop(self, consumer: Any) -> None:
         transport.parked.disconnect(self._on_parked, dispatch_uid="redis_transport")
 
-    def _on_parked(self, headers: dict[str, Any], due: float, **_: Any) -> None:
-        dispatcher = self._dispatcher
+    def _on_parked(self, readable: Readable, due: float, **_: Any) -> None:
+        dispatcher, headers = self._dispatcher, readable.headers
         if dispatcher is None or not dispatcher.enabled or "task" not in headers:
             return
         task = self._app.tasks.get(headers["task"])
         if task is None or not task.send_events:
             return
+        args, kwargs = headers.get("argsrepr") or "", headers.get("kwargsrepr") or ""
+        if hasattr(task, "shown") and isinstance(readable.decoded, list):
+            # A task may say itself what of its arguments may be seen: `shown(args, kwargs, task_id)`.
+            args, kwargs = "()", task.shown(readable.decoded[0], readable.decoded[1], headers["id"])
         dispatcher.send(
             "task-received",
             uuid=headers["id"],
             name=headers["task"],
-            args=headers.get("argsrepr") or "",
-            kwargs=headers.get("kwargsrepr") or "",
+            args=args,
+            kwargs=kwargs,
             root_id=headers.get("root_id"),
             parent_id=headers.get("parent_id"),
             retries=headers.get("retries") or 0,
