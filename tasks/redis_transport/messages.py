@@ -7,16 +7,27 @@ queue for ever, a body of two elements is put back and ends the next worker too 
 from __future__ import annotations
 
 import base64
-import binascii
 import json
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime, tzinfo
 from typing import Any, Final
 
+from kombu.utils import json as kombu_json
+
 MAX_ID_LENGTH: Final = 1024
 
+_CHARSETS: Final = {
+    "utf-8": "utf-8",
+    "utf8": "utf-8",
+    "us-ascii": "ascii",
+    "ascii": "ascii",
+    "binary": "utf-8",  # kombu leaves it to its JSON decoder, which says so
+}
+
 _TEXTS = ("lang", "shadow", "group", "root_id", "parent_id", "argsrepr", "kwargsrepr", "origin")
+_PROTOCOL_1: Final = {"id", "eta", "expires", "retries", "timelimit", "group_index", "args", "kwargs"}
 
 
 class Unreadable(Exception):
@@ -62,6 +73,9 @@ def read(raw: bytes, queue: str, *, accept: Collection[str], timezone: tzinfo) -
         _expect(delivery_info, name, str, "delivery_info")
     for name in ("correlation_id", "reply_to", "body_encoding"):
         _expect(properties, name, str, "properties")
+    priority = properties.get("priority")
+    if not _is_number_or_none(priority) or priority in (math.inf, -math.inf):
+        raise Unreadable("properties.priority is no number")
     for name in ("content-type", "content-encoding"):
         _expect(envelope, name, str, "")
     content_type = envelope.get("content-type")
@@ -72,7 +86,7 @@ def read(raw: bytes, queue: str, *, accept: Collection[str], timezone: tzinfo) -
         _check_protocol_2(headers, decoded)
         facts = headers
     else:
-        _check_protocol_1(decoded)
+        _check_protocol_1(headers, decoded)
         facts = decoded
     return Readable(
         envelope=envelope,
@@ -94,7 +108,7 @@ def strip_eta(readable: Readable) -> None:
         headers["parked_eta"], headers["eta"] = headers.get("eta"), None
     elif isinstance(body, dict):  # protocol 1 has it in the body
         headers["parked_eta"], body["eta"] = body.get("eta"), None
-        readable.envelope["body"] = json.dumps(body)
+        readable.envelope["body"] = kombu_json.dumps(body)
         readable.envelope["properties"].pop("body_encoding", None)
 
 
@@ -156,16 +170,21 @@ def _decoded(envelope: dict[str, Any], properties: dict[str, Any]) -> Any:
     if encoding and encoding.lower() not in ("utf-8", "base64"):
         raise Unreadable(f"body_encoding is {encoding!r}")
     charset = (envelope.get("content-encoding") or "utf-8").lower()
-    if charset not in ("utf-8", "utf8", "us-ascii", "ascii", "binary"):
+    if charset not in _CHARSETS:
         raise Unreadable(f"content-encoding is {charset!r}")
     if "compression" in envelope["headers"] and envelope["headers"]["compression"]:
         raise Unreadable("the body is compressed")
     try:
-        text: str | bytes = body
+        text = body
         if encoding and encoding.lower() == "base64":
-            text = base64.b64decode(body, validate=False)
-        return json.loads(text)
-    except (ValueError, RecursionError, binascii.Error) as exc:
+            # Not json.loads of the bytes: it guesses UTF-16 and more, which the pool's decoder would not.
+            text = base64.b64decode(body, validate=False).decode(_CHARSETS[charset])
+        text.encode()  # lone surrogates cannot leave this process again
+        # The pool decodes by kombu's loads, which also makes objects of {"__type__": …, "__value__": …}. It
+        # costs more, and a body for which it fails would come back for ever.
+        loads = kombu_json.loads if "__type__" in text or "\\u" in text else json.loads
+        return loads(text)
+    except Exception as exc:  # noqa: BLE001 - a decoder of a registered type may raise whatever it likes
         raise Unreadable(f"the body is no JSON: {_said(exc)}") from None
 
 
@@ -174,28 +193,10 @@ def _check_protocol_2(headers: dict[str, Any], body: Any) -> None:
         if not isinstance(headers.get(name), str) or not headers[name]:
             raise Unreadable(f"headers.{name} is no text")
         _encodable(headers[name], f"headers.{name}")
-    if len(headers["id"]) > MAX_ID_LENGTH:
-        raise Unreadable(f"headers.id is longer than {MAX_ID_LENGTH} characters")
-    for name in _TEXTS:
-        _expect(headers, name, str, "headers")
-    for name in ("group_index", "retries", "replaced_task_nesting"):
-        _expect(headers, name, int, "headers")
-    for name in ("ignore_result",):
-        _expect(headers, name, bool, "headers")
-    for name in ("stamps", "headers"):
-        _expect(headers, name, dict, "headers")
+    _check_length(headers["id"], "headers.id")
+    _check_headers(headers, "headers")
     if headers.get("retries") is None:
         headers["retries"] = 0
-    stamped = headers.get("stamped_headers")
-    if stamped is not None and not (
-        isinstance(stamped, list) and all(isinstance(name, str) and name in headers for name in stamped)
-    ):
-        raise Unreadable("headers.stamped_headers names what is not there")
-    limits = headers.get("timelimit")
-    if limits is not None and not (
-        isinstance(limits, list) and len(limits) == 2 and all(_is_number_or_none(limit) for limit in limits)
-    ):
-        raise Unreadable("headers.timelimit is no pair of numbers")
     if not isinstance(body, list) or len(body) != 3:
         raise Unreadable("the body is no list of three: arguments, keyword arguments, embedded")
     args, kwargs, embed = body
@@ -205,27 +206,64 @@ def _check_protocol_2(headers: dict[str, Any], body: Any) -> None:
         return
     if not isinstance(embed, dict):
         raise Unreadable("the third element of the body is no object")
+    _check_signatures(embed)
+    if not embed.keys() <= {"callbacks", "errbacks", "chain", "chord"}:
+        raise Unreadable("the third element of the body holds what Celery does not know")
+
+
+def _check_length(task_id: str, name: str) -> None:
+    if len(task_id) > MAX_ID_LENGTH:
+        raise Unreadable(f"{name} is longer than {MAX_ID_LENGTH} characters")
+
+
+def _check_signatures(embed: dict[str, Any]) -> None:
     for name in ("callbacks", "errbacks", "chain"):
         several = embed.get(name)
         if several is not None and not (isinstance(several, list) and all(map(_is_signature, several))):
             raise Unreadable(f"{name} is no list of signatures")
     if embed.get("chord") is not None and not _is_signature(embed["chord"]):
         raise Unreadable("chord is no signature")
-    if not embed.keys() <= {"callbacks", "errbacks", "chain", "chord"}:
-        raise Unreadable("the third element of the body holds what Celery does not know")
 
 
-def _check_protocol_1(body: Any) -> None:
+def _check_headers(headers: dict[str, Any], where: str) -> None:
+    """Check what Celery reads of the headers, or of the body in protocol 1, where it is there."""
+    for name in _TEXTS:
+        _expect(headers, name, str, where)
+    for name in ("group_index", "retries", "replaced_task_nesting"):
+        _expect(headers, name, int, where)
+    for name in ("ignore_result",):
+        _expect(headers, name, bool, where)
+    for name in ("stamps", where):
+        _expect(headers, name, dict, where)
+    stamped = headers.get("stamped_headers")
+    if stamped is not None and not (
+        isinstance(stamped, list) and all(isinstance(name, str) and name in headers for name in stamped)
+    ):
+        raise Unreadable(f"{where}.stamped_headers names what is not there")
+    limits = headers.get("timelimit")
+    if limits is not None and not (
+        isinstance(limits, list) and len(limits) == 2 and all(_is_number_or_none(limit) for limit in limits)
+    ):
+        raise Unreadable(f"{where}.timelimit is no pair of numbers")
+
+
+def _check_protocol_1(headers: dict[str, Any], body: Any) -> None:
     if not isinstance(body, dict) or "task" not in body:
         raise Unreadable("neither a task of protocol 2 (headers.task) nor of protocol 1 (task in the body)")
     for name in ("task", "id"):
         if not isinstance(body.get(name), str) or not body[name]:
             raise Unreadable(f"{name} is no text")
         _encodable(body[name], name)
+    _check_length(body["id"], "id")
     if not isinstance(body.get("args", []), list) or not isinstance(body.get("kwargs", {}), dict):
         raise Unreadable("args is no list, or kwargs no object")
-    for name in ("retries", "group_index"):
-        _expect(body, name, int, "body")
+    _check_headers(body, "body")
+    _check_signatures(body)
+    _expect(body, "taskset", str, "body")
+    # Celery lets headers win over the body: in a message of protocol 1 they are the user's own.
+    for name in headers.keys() & (_PROTOCOL_1 | set(_TEXTS)):
+        if name not in body or headers[name] != body[name]:
+            raise Unreadable(f"headers.{name} is not what the body says")
     body["retries"] = body.get("retries") or 0
 
 
