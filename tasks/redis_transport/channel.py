@@ -430,6 +430,8 @@ def claim(
             hand.held_key,
             own.returned,
             own.tags,
+            own.hands(hand.owner),
+            own.gone,
             *keys,
             *(own.hand(hand.owner, key) for key in keys),
         ),
@@ -591,6 +593,9 @@ class Channel(kombu_redis.Channel):
             readable = messages.read(raw, queue, accept=self.accept, timezone=self.zone)
         except messages.Unreadable as exc:
             self.put_aside(raw, queue_key, str(exc), tag)
+            return
+        if times > MAX_RETURNS:
+            self.put_aside(raw, queue_key, f"it came back {times} times from workers that did not end it", tag)
             return
         if (
             times

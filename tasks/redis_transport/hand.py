@@ -203,7 +203,9 @@ class Hand:
         if not self._queues:
             return
         was_there, known = scripts.RENEW(
-            self.client, (self.keys.leases, self.held_key), (self.owner, self.lease_s)
+            self.client,
+            (self.keys.leases, self.held_key, self.keys.gone, self.keys.hands(self.owner)),
+            (self.owner, self.lease_s, *self._queues),
         )
         if self.uncertain or int(known) > len(self.held):
             self._find_unknown()
@@ -243,7 +245,7 @@ class Hand:
             total += back
             if back:
                 log.warning("put back %d messages of a dead worker owner=%s", back, owner)
-            if not more and not back:
+            if not back:
                 return total
 
     def release(self) -> None:

@@ -42,7 +42,7 @@ local now = time[1] + time[2] / 1e6
 """
 
 # Acknowledge, empty the hands, claim up to n.
-# KEYS: leases, held, returned, tags, then the queue lists in the order in which they are served, then the
+# KEYS: leases, held, returned, tags, hands, gone, then the queue lists in the order in which they are served, then the
 # hand of each. ARGV: owner, seconds of the lease, n, lists in a group of equal priority, whether the lists of
 # a group share n (0/1), number of hands to empty, the acknowledgements (number of tags, tags, number of
 # SHA-1s, SHA-1s), the numbers of those hands.
@@ -50,19 +50,22 @@ local now = time[1] + time[2] / 1e6
 CLAIM: Final = Script(
     _NOW
     + """
-local leases, held, returned, tags = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local leases, held, returned, tags, base = KEYS[1], KEYS[2], KEYS[3], KEYS[4], 6
 local owner, ttl, wanted, group = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local fair, hands = ARGV[5] == '1', tonumber(ARGV[6])
-local lists = (#KEYS - 4) / 2
+local lists = (#KEYS - base) / 2
 local at = 7
 for _, key in ipairs({held, returned}) do
   local count = tonumber(ARGV[at])
-  if count > 0 then redis.call('HDEL', key, unpack(ARGV, at + 1, at + count)) end
+  for first = at + 1, at + count, 1000 do  -- Lua unpacks some 8,000 at the most
+    redis.call('HDEL', key, unpack(ARGV, first, math.min(first + 999, at + count)))
+  end
   at = at + count + 1
 end
-if not redis.call('ZSCORE', leases, owner) then
-  redis.call('HDEL', held, '')  -- nothing: see RENEW
+if not redis.call('ZSCORE', leases, owner) then  -- it had run out, and all was restored; see RENEW
+  redis.call('ZREM', KEYS[6], owner)
   redis.call('ZADD', leases, string.format('%.6f', now + ttl), owner)
+  for list = 1, lists do redis.call('SADD', KEYS[5], KEYS[base + list]) end
 end
 local answer, found = {}, {}
 local function claim(list, message)
@@ -71,12 +74,13 @@ local function claim(list, message)
 end
 for i = at, at + hands - 1 do
   local list = tonumber(ARGV[i])
-  local hand = KEYS[4 + lists + list]
-  local message = redis.call('RPOP', hand)
-  while message do
-    if wanted > 0 then claim(list, message) else redis.call('RPUSH', KEYS[4 + list], message) end
-    message = redis.call('RPOP', hand)
+  local hand = KEYS[base + lists + list]
+  while wanted > 0 do
+    local message = redis.call('RPOP', hand)
+    if not message then break end
+    claim(list, message)
   end
+  while wanted <= 0 and redis.call('LMOVE', hand, KEYS[base + list], 'RIGHT', 'RIGHT') do end
 end
 -- A first pass gives each list of a group its share, a second one what the others left.
 for first = 1, lists, group do
@@ -84,8 +88,10 @@ for first = 1, lists, group do
   for pass = 1, 2 do
     for list = first, math.min(first + group - 1, lists) do
       if wanted > 0 then
-        local messages = redis.call('RPOP', KEYS[4 + list], pass == 1 and math.min(share, wanted) or wanted)
-        if messages then
+        -- pcall: a key of another type there is no reason to lose what was popped from the others; the move
+        -- that blocks on it will say so.
+        local messages = redis.pcall('RPOP', KEYS[base + list], pass == 1 and math.min(share, wanted) or wanted)
+        if messages and not messages.err then
           for _, message in ipairs(messages) do claim(list, message) end
         end
       end
@@ -104,7 +110,7 @@ for i, item in ipairs(found) do
   answer[#answer + 1] = times or '0'
   answer[#answer + 1] = message
   pairs_[#pairs_ + 1] = tag + i
-  pairs_[#pairs_ + 1] = KEYS[4 + list] .. '\\0' .. message
+  pairs_[#pairs_ + 1] = KEYS[base + list] .. '\\0' .. message
   if #pairs_ >= 1000 then redis.call('HSET', held, unpack(pairs_)) pairs_ = {} end
 end
 if #pairs_ > 0 then redis.call('HSET', held, unpack(pairs_)) end
@@ -115,19 +121,23 @@ return answer
 # KEYS: held, returned. ARGV: number of tags, tags, SHA-1s of messages that had come back before.
 ACKNOWLEDGE: Final = Script("""
 local count = tonumber(ARGV[1])
-if count > 0 then redis.call('HDEL', KEYS[1], unpack(ARGV, 2, 1 + count)) end
-if #ARGV > 1 + count then redis.call('HDEL', KEYS[2], unpack(ARGV, 2 + count)) end
+for i = 2, #ARGV, 1 do redis.call('HDEL', i <= 1 + count and KEYS[1] or KEYS[2], ARGV[i]) end
 return 1
 """)
 
-# KEYS: leases, held. ARGV: owner, seconds of the lease. Returns whether the lease was still running, and
-# how many messages the owner holds.
+# KEYS: leases, held, gone, hands. ARGV: owner, seconds of the lease, the queue lists that it moves from. Returns
+# whether the lease was still running, and how many messages the owner holds. If it was not, the owner has been
+# taken for dead: it is so no more, and what is known of its hands is written again.
 RENEW: Final = Script(
     _NOW
     + """
 local had = redis.call('ZSCORE', KEYS[1], ARGV[1])
 redis.call('HDEL', KEYS[2], '')  -- nothing: a deletion, so that a full Redis does not end leases
 redis.call('ZADD', KEYS[1], string.format('%.6f', now + ARGV[2]), ARGV[1])
+if not had then
+  redis.call('ZREM', KEYS[3], ARGV[1])
+  for i = 3, #ARGV do redis.call('SADD', KEYS[4], ARGV[i]) end
+end
 return {had and 1 or 0, redis.call('HLEN', KEYS[2])}
 """
 )
@@ -136,14 +146,18 @@ return {had and 1 or 0, redis.call('HLEN', KEYS[2])}
 # Returns how many there were.
 GIVE_BACK: Final = Script("""
 local back = 0
+redis.call('HDEL', KEYS[1], '')  -- nothing: see RENEW
 for i = 2, #ARGV do
   local value = redis.call('HGET', KEYS[1], ARGV[i])
   if value then
     local cut = string.find(value, '\\0', 1, true)
     local message = string.sub(value, cut + 1)
-    redis.call('HDEL', KEYS[1], ARGV[i])
     redis.call('RPUSH', string.sub(value, 1, cut - 1), message)
-    if ARGV[1] == '1' then redis.call('HINCRBY', KEYS[2], redis.sha1hex(message), 1) end
+    redis.call('HDEL', KEYS[1], ARGV[i])
+    if ARGV[1] == '1' then
+      redis.call('HINCRBY', KEYS[2], redis.sha1hex(message), 1)
+      redis.call('EXPIRE', KEYS[2], 86400)  -- of those which somebody else has acknowledged
+    end
     back = back + 1
   end
 end
@@ -168,14 +182,9 @@ if ARGV[4] == 'dead' then
   if not owner then return {} end
 end
 local held, hands, most, back = ARGV[1] .. owner, ARGV[2] .. owner, tonumber(ARGV[7]), 0
+redis.call('HDEL', held, '')  -- nothing: see RENEW
 for _, queue in ipairs(redis.call('SMEMBERS', hands)) do
-  local hand = ARGV[3] .. owner .. ':' .. queue
-  local message = redis.call('RPOP', hand)
-  while message do
-    redis.call('RPUSH', queue, message)
-    back = back + 1
-    message = redis.call('RPOP', hand)
-  end
+  while redis.call('LMOVE', ARGV[3] .. owner .. ':' .. queue, queue, 'RIGHT', 'RIGHT') do back = back + 1 end
 end
 local more = 0
 local page = redis.call('HRANDFIELD', held, most, 'WITHVALUES')
@@ -183,9 +192,12 @@ for i = 1, #page, 2 do
   local value = page[i + 1]
   local cut = string.find(value, '\\0', 1, true)
   local message = string.sub(value, cut + 1)
-  redis.call('HDEL', held, page[i])
   redis.call('RPUSH', string.sub(value, 1, cut - 1), message)
-  if ARGV[4] == 'dead' then redis.call('HINCRBY', returned, redis.sha1hex(message), 1) end
+  redis.call('HDEL', held, page[i])
+  if ARGV[4] == 'dead' then
+    redis.call('HINCRBY', returned, redis.sha1hex(message), 1)
+    redis.call('EXPIRE', returned, 86400)
+  end
   back = back + 1
 end
 if redis.call('EXISTS', held) == 1 then
@@ -203,20 +215,25 @@ return {owner, back, more}
 
 # KEYS: parked, due, held. ARGV: task id, due (seconds since 1970), retries, queue list, message without its
 # eta, tag ('' when it is published, and not claimed). Returns parked, due (claimed, and runnable now), queued
-# (published, and runnable now), or stale (a newer copy of the task waits already; this one is dropped).
+# (published, and runnable now), stale (a newer copy of the task waits already; this one is dropped), or gone
+# (claimed, but not held any more: the lease had run out, and the message is somebody else's).
 PARK: Final = Script(
     _NOW
     + """
 local parked, id, due, retries, tag = KEYS[1], ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[6]
+if tag ~= '' and redis.call('HEXISTS', KEYS[3], tag) == 0 then return 'gone' end
 local there = redis.call('HGET', parked, id)
 if there and tonumber(string.sub(there, 1, string.find(there, '\\0', 1, true) - 1)) > retries then
   if tag ~= '' then redis.call('HDEL', KEYS[3], tag) end
   return 'stale'
 end
 if due <= now then
-  if tag ~= '' then return 'due' end
-  redis.call('LPUSH', ARGV[4], ARGV[5])
-  return 'queued'
+  if tag == '' then redis.call('LPUSH', ARGV[4], ARGV[5]) end
+  if there then  -- an older copy, which this one replaces
+    redis.call('HDEL', parked, id)
+    redis.call('ZREM', KEYS[2], id)
+  end
+  return tag ~= '' and 'due' or 'queued'
 end
 if tag ~= '' then redis.call('HDEL', KEYS[3], tag) end
 redis.call('HSET', parked, id,
@@ -232,14 +249,15 @@ MOVE: Final = Script(
     _NOW
     + """
 local ids = redis.call('ZRANGE', KEYS[2], '-inf', now, 'BYSCORE', 'LIMIT', 0, ARGV[1])
+redis.call('HDEL', KEYS[1], '')  -- nothing: see RENEW
 for _, id in ipairs(ids) do
   local value = redis.call('HGET', KEYS[1], id)
   if value then
     local a = string.find(value, '\\0', 1, true)
     local b = string.find(value, '\\0', a + 1, true)
     local c = string.find(value, '\\0', b + 1, true)
-    redis.call('HDEL', KEYS[1], id)
     redis.call('LPUSH', string.sub(value, b + 1, c - 1), string.sub(value, c + 1))
+    redis.call('HDEL', KEYS[1], id)
   end
   redis.call('ZREM', KEYS[2], id)
 end
@@ -268,9 +286,10 @@ redis.call('ZADD', KEYS[2], 0, ARGV[1])
 return 1
 """)
 
-# KEYS: held, quarantine, tags, returned. ARGV: tag, SHA-1, JSON with the message, where it lay and why.
+# KEYS: held, quarantine, tags, returned. ARGV: tag ('' for what nobody has claimed), SHA-1, JSON with the message,
+# where it lay and why. Returns 0 if it is not held any more.
 QUARANTINE: Final = Script("""
-redis.call('HDEL', KEYS[1], ARGV[1])
+if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 and ARGV[1] ~= '' then return 0 end
 redis.call('HSET', KEYS[2], redis.call('INCR', KEYS[3]), ARGV[3])
 redis.call('HDEL', KEYS[4], ARGV[2])
 return 1
