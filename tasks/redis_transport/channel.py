@@ -595,7 +595,7 @@ class Channel(kombu_redis.Channel):
             self.put_aside(raw, queue_key, str(exc), tag)
             return
         if times > MAX_RETURNS:
-            self.put_aside(raw, queue_key, f"it came back {times} times from workers that did not end it", tag)
+            self.put_aside(raw, queue_key, f"{times} workers could not end it", tag)
             return
         if (
             times

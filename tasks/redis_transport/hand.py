@@ -245,7 +245,7 @@ class Hand:
             total += back
             if back:
                 log.warning("put back %d messages of a dead worker owner=%s", back, owner)
-            if not back:
+            if more and not back:
                 return total
 
     def release(self) -> None:

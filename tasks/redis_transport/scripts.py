@@ -42,8 +42,8 @@ local now = time[1] + time[2] / 1e6
 """
 
 # Acknowledge, empty the hands, claim up to n.
-# KEYS: leases, held, returned, tags, hands, gone, then the queue lists in the order in which they are served, then the
-# hand of each. ARGV: owner, seconds of the lease, n, lists in a group of equal priority, whether the lists of
+# KEYS: leases, held, returned, tags, hands, gone, then the queue lists in the order in which they are served,
+# then the hand of each. ARGV: owner, seconds of the lease, n, lists in a group of equal priority, whether the lists of
 # a group share n (0/1), number of hands to empty, the acknowledgements (number of tags, tags, number of
 # SHA-1s, SHA-1s), the numbers of those hands.
 # Returns a flat list: tag, number of the list, times returned, message, and so on.
@@ -90,7 +90,8 @@ for first = 1, lists, group do
       if wanted > 0 then
         -- pcall: a key of another type there is no reason to lose what was popped from the others; the move
         -- that blocks on it will say so.
-        local messages = redis.pcall('RPOP', KEYS[base + list], pass == 1 and math.min(share, wanted) or wanted)
+        local count = pass == 1 and math.min(share, wanted) or wanted
+        local messages = redis.pcall('RPOP', KEYS[base + list], count)
         if messages and not messages.err then
           for _, message in ipairs(messages) do claim(list, message) end
         end
@@ -121,13 +122,18 @@ return answer
 # KEYS: held, returned. ARGV: number of tags, tags, SHA-1s of messages that had come back before.
 ACKNOWLEDGE: Final = Script("""
 local count = tonumber(ARGV[1])
-for i = 2, #ARGV, 1 do redis.call('HDEL', i <= 1 + count and KEYS[1] or KEYS[2], ARGV[i]) end
+for first = 2, #ARGV, 1000 do
+  local last = math.min(first + 999, #ARGV)
+  local cut = math.max(first - 1, math.min(last, 1 + count))
+  if first <= cut then redis.call('HDEL', KEYS[1], unpack(ARGV, first, cut)) end
+  if cut < last then redis.call('HDEL', KEYS[2], unpack(ARGV, cut + 1, last)) end
+end
 return 1
 """)
 
-# KEYS: leases, held, gone, hands. ARGV: owner, seconds of the lease, the queue lists that it moves from. Returns
-# whether the lease was still running, and how many messages the owner holds. If it was not, the owner has been
-# taken for dead: it is so no more, and what is known of its hands is written again.
+# KEYS: leases, held, gone, hands. ARGV: owner, seconds of the lease, the queue lists that it moves from.
+# Returns whether the lease was still running, and how many messages the owner holds. If it was not, the owner
+# has been taken for dead: it is so no more, and what is known of its hands is written again.
 RENEW: Final = Script(
     _NOW
     + """
@@ -286,8 +292,8 @@ redis.call('ZADD', KEYS[2], 0, ARGV[1])
 return 1
 """)
 
-# KEYS: held, quarantine, tags, returned. ARGV: tag ('' for what nobody has claimed), SHA-1, JSON with the message,
-# where it lay and why. Returns 0 if it is not held any more.
+# KEYS: held, quarantine, tags, returned. ARGV: tag ('' for what nobody has claimed), SHA-1, JSON with the
+# message, where it lay and why. Returns 0 if it is not held any more.
 QUARANTINE: Final = Script("""
 if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 and ARGV[1] ~= '' then return 0 end
 redis.call('HSET', KEYS[2], redis.call('INCR', KEYS[3]), ARGV[3])
