@@ -218,6 +218,7 @@ class Feeder:
         self.refused_until = 0.0
         self.closed = False
         self.since = time.monotonic()
+        self.hand.on_leave.add(self)
         if register_after_fork is not None:
             register_after_fork(self, Feeder._after_fork)
 
@@ -308,7 +309,8 @@ class Feeder:
                 for start in range(0, len(self.lists), group)
                 for entry in (*self.lists[start + 1 : start + group], self.lists[start])
             ]
-        keys = [key for _, key in self.lists]
+        lists = self.lists  # the handler of a signal may set others
+        keys = [key for _, key in lists]
         hands = [number for number, key in enumerate(keys, 1) if key in self.full_hands]
         tags, shas = self.hand.take_acks()
         try:
@@ -325,7 +327,7 @@ class Feeder:
         for tag, _, times, raw in found:
             self.hand.hold(tag, raw, times)
         for index, (tag, number, times, raw) in enumerate(found):
-            queue, queue_key = self.lists[number - 1]
+            queue, queue_key = lists[number - 1]
             try:
                 self.channel.deliver(tag, queue, queue_key, raw, times)
             except ResponseError as exc:  # full: what would need room waits, what does not goes on
@@ -355,6 +357,16 @@ class Feeder:
         """
         if not self.closed and time.monotonic() - self.since >= self.hand.lease_s:
             self.hand.restore_dead()
+
+    def pause(self, line: Line) -> None:
+        """Stop fetching: called by another thread than the event loop's, which may stand still.
+
+        Raises what redis-py raises.
+        """
+        self.closed = True
+        for move in tuple(self.moves.values()):
+            if move.client_id is not None:
+                line.execute_command("CLIENT", "UNBLOCK", move.client_id)
 
     def close(self) -> None:
         """Stop fetching. What is held stays held."""
@@ -618,6 +630,9 @@ class Channel(kombu_redis.Channel):
         except (MemoryError, *self.connection_errors):
             raise
         except Exception as exc:  # noqa: BLE001 - whatever it is, it must not end the worker: it is said
+            if worker_state.should_stop is not None or worker_state.should_terminate is not None:
+                hand.give_back(tag)  # the pool has been closed under it
+                return
             self.put_aside(raw, queue_key, f"Celery cannot take it: {type(exc).__name__}: {exc}", tag)
 
     def due_now(self, readable: messages.Readable, queue_key: str, tag: int) -> bool:

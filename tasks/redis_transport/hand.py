@@ -37,6 +37,9 @@ RETRY_S: Final = 2.0
 
 RESTORE_BATCH: Final = 500
 
+LEAVE_S: Final = 0.1
+"""How often a process that ends writes what its last tasks leave to be written."""
+
 
 @dataclass(slots=True)
 class Held:
@@ -55,21 +58,40 @@ class Line:
         self._pool = pool
         self._connection: Any = None
         self._lock = threading.Lock()
+        self._used_by = 0
+
+    def another(self) -> Line:
+        """Return a line of its own to the same server."""
+        return Line(self._pool)
 
     def execute_command(self, *args: Any) -> Any:
         """Send one command and return the reply. Raises what redis-py raises."""
-        with self._lock:
-            if self._connection is None:
-                self._connection = self._pool.get_connection()
-            connection = self._connection
+        if self._used_by == threading.get_ident():
+            # A signal's handler (Celery's cold shutdown) has interrupted us between a command and its reply.
+            other = self.another()
             try:
-                connection.send_command(*args)
-                return connection.read_response()
-            except ResponseError:
-                raise
-            except BaseException:
-                connection.disconnect()
-                raise
+                return other.execute_command(*args)
+            finally:
+                other.close()
+        with self._lock:
+            self._used_by = threading.get_ident()
+            try:
+                return self._execute(*args)
+            finally:
+                self._used_by = 0
+
+    def _execute(self, *args: Any) -> Any:
+        if self._connection is None:
+            self._connection = self._pool.get_connection()
+        connection = self._connection
+        try:
+            connection.send_command(*args)
+            return connection.read_response()
+        except ResponseError:
+            raise
+        except BaseException:
+            connection.disconnect()
+            raise
 
     def close(self) -> None:
         """Disconnect; the next command connects again. In a child after a fork it closes its copy only."""
@@ -92,6 +114,10 @@ class Hand:
         self.uncertain = False
         """Whether a claim's answer was lost: messages may be ours that we do not know of."""
         self.closed = False
+        self.on_leave: weakref.WeakSet[Any] = weakref.WeakSet()
+        """Those whose `pause(line)` is called when this process begins to leave: its feeders."""
+        self._leaving: threading.Thread | None = None
+        self._left = threading.Event()
         atexit.register(self.release)
 
     @property
@@ -145,8 +171,7 @@ class Hand:
         """Return the tags to acknowledge, and the SHA-1s of those that had come back before."""
         tags: list[int] = []
         shas: list[str] = []
-        while self._acks:
-            tag = self._acks.popleft()
+        while (tag := _pop(self._acks)) is not None:
             held = self.held.pop(tag, None)
             if held is not None:
                 tags.append(tag)
@@ -164,24 +189,29 @@ class Hand:
     def has_acks(self) -> bool:
         return bool(self._acks)
 
-    def flush(self) -> None:
+    def flush(self, line: Line | None = None) -> None:
         """Write the acknowledgements that are waiting. Raises what redis-py raises, and keeps them then."""
+        client = line or self.client
         tags, shas = self.take_acks()
         if not tags:
             return
         try:
-            scripts.ACKNOWLEDGE(self.client, (self.held_key, self.keys.returned), (len(tags), *tags, *shas))
+            scripts.ACKNOWLEDGE(client, (self.held_key, self.keys.returned), (len(tags), *tags, *shas))
         except BaseException:
             self.untake_acks(tags)
             raise
 
-    def return_due(self) -> None:
+    def return_due(self, line: Line | None = None) -> None:
         """Put back what is to be put back by now. What Redis refuses is tried again in a while."""
+        client = line or self.client
         now = time.monotonic()
         plain: list[int] = []
         counted: list[int] = []
         for _ in range(len(self._returns)):
-            at, tag, count = self._returns.popleft()
+            entry = _pop(self._returns)
+            if entry is None:
+                break
+            at, tag, count = entry
             if at > now:
                 self._returns.append((at, tag, count))
             elif tag in self.held:
@@ -190,7 +220,7 @@ class Hand:
             if not tags:
                 continue
             try:
-                scripts.GIVE_BACK(self.client, (self.held_key, self.keys.returned), (int(count), *tags))
+                scripts.GIVE_BACK(client, (self.held_key, self.keys.returned), (int(count), *tags))
             except RedisError as exc:
                 log.warning("messages cannot be given back yet, trying again: %s", exc)
                 self._returns.extend((now + RETRY_S, tag, count) for tag in tags)
@@ -248,11 +278,57 @@ class Hand:
             if more and not back:
                 return total
 
+    def leave(self) -> None:
+        """Renew the lease, acknowledge and give back from a thread from now on.
+
+        Tasks still run, and the event loop has ended, or the handler of a signal holds it up (Celery's soft
+        shutdown sleeps in one).
+        """
+        if self._leaving is None and not self.closed and os.getpid() == self.pid:
+            self._leaving = threading.Thread(target=self._leave, name="redis_transport", daemon=True)
+            self._leaving.start()
+
+    def _leave(self) -> None:
+        line = self.client.another()
+        paused, renew_at = False, 0.0
+        while not self._left.wait(LEAVE_S):
+            try:
+                if not paused:
+                    for feeder in tuple(self.on_leave):
+                        feeder.pause(line)
+                    paused = True
+                now = time.monotonic()
+                if now >= renew_at:
+                    self._empty_hands(line)
+                    scripts.RENEW(
+                        line,
+                        (self.keys.leases, self.held_key, self.keys.gone, self.keys.hands(self.owner)),
+                        (self.owner, self.lease_s, *self._queues),
+                    )
+                    renew_at = now + self.lease_s / 3
+                self.return_due(line)
+                self.flush(line)
+            except (RedisError, OSError) as exc:
+                log.warning("what this worker leaves is not written yet: %s", exc)
+                self._left.wait(1.0)
+        line.close()
+
+    def _empty_hands(self, line: Line) -> None:
+        """Put back to the front of their queues what moves have fetched and nobody claims any more."""
+        for queue_key in tuple(self._queues):
+            while line.execute_command(
+                "LMOVE", self.keys.hand(self.owner, queue_key), queue_key, "RIGHT", "RIGHT"
+            ):
+                pass
+
     def release(self) -> None:
         """Put back all that is held and end the lease: at the end of the process."""
         if self.closed or os.getpid() != self.pid:
             return
         self.closed = True
+        self._left.set()
+        if self._leaving is not None:
+            self._leaving.join(timeout=10)
         atexit.unregister(self.release)
         if not self._queues:
             return
@@ -272,6 +348,14 @@ class Hand:
             if total:
                 log.info("put back %d messages that were not begun", total)
         self.held.clear()
+
+
+def _pop(entries: deque[Any]) -> Any:
+    """Take the first entry, or None: another thread, or a handler of a signal, may have been faster."""
+    try:
+        return entries.popleft()
+    except IndexError:
+        return None
 
 
 def restore(client: Line, keys: Keys, why: str, owner: str = "") -> tuple[str, int, int] | None:

@@ -41,6 +41,7 @@ def install(app: Celery[Any], *, budget_s: float = BUDGET_S) -> None:
     """Use the transport in the workers of this app."""
     signals.celeryd_init.connect(_on_celeryd_init, weak=False)
     app.steps["worker"].add(RefuseGreen)
+    app.steps["worker"].add(Leave)
     app.steps["consumer"].add(Announce)
     Budget.budget_s = budget_s
     app.steps["consumer"].add(Budget)
@@ -67,6 +68,39 @@ class RefuseGreen(bootsteps.Step):
 
 def _stock(app: Any) -> bool:
     return bool(app.conf.broker_transport_options.get("fetch") == "stock")
+
+
+class Leave(bootsteps.StartStopStep):
+    """Keep the lease while the worker ends, and give back at once what it has not begun.
+
+    Celery ends its event loop first and then waits for the tasks that run.
+    """
+
+    requires = ("celery.worker.components:Pool",)  # so it is stopped after the consumer, before the pool
+
+    def __init__(self, worker: Any, **kwargs: Any) -> None:
+        super().__init__(worker, **kwargs)
+        wait = worker.wait_for_soft_shutdown
+
+        def leave_and_wait() -> None:  # called by the handler of a signal, with the event loop standing still
+            _leave()
+            wait()
+
+        worker.wait_for_soft_shutdown = leave_and_wait
+
+    def stop(self, worker: Any) -> None:
+        _leave()
+        executor = getattr(worker.pool, "executor", None)
+        if executor is not None:
+            # The thread pool does the same next, and keeps the last of them in a variable while it waits.
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    terminate = stop
+
+
+def _leave() -> None:
+    for hand in tuple(transport._hands.values()):
+        hand.leave()
 
 
 class Announce(bootsteps.StartStopStep):
