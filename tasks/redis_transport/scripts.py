@@ -43,9 +43,9 @@ local now = time[1] + time[2] / 1e6
 
 # Acknowledge, empty the hands, claim up to n.
 # KEYS: leases, held, returned, tags, hands, gone, then the queue lists in the order in which they are served,
-# then the hand of each. ARGV: owner, seconds of the lease, n, lists in a group of equal priority, whether the lists of
-# a group share n (0/1), number of hands to empty, the acknowledgements (number of tags, tags, number of
-# SHA-1s, SHA-1s), the numbers of those hands.
+# then the hand of each. ARGV: owner, seconds of the lease, n, lists in a group of equal priority, whether the
+# lists of a group share n (0/1), number of hands to empty, the acknowledgements (number of tags, tags, number
+# of SHA-1s, SHA-1s), the numbers of those hands.
 # Returns a flat list: tag, number of the list, times returned, message, and so on.
 CLAIM: Final = Script(
     _NOW
