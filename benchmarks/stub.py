@@ -1,7 +1,7 @@
 """An Airflow 3 that takes 20 ms for everything and next to no CPU: raw HTTP on asyncio, in its own process.
 
 It speaks the few endpoints that a trigger needs, keeps no runs, and answers every POST of one as made. A GET
-of /stub says how many POSTs of runs have come. `tests.fake_airflow` knows all the faults of a real one, and
+of /stub?N says how many POSTs of runs have come, and when the Nth and the last. `tests.fake_airflow` knows all the faults of a real one, and
 is too slow to measure against.
 """
 
@@ -15,7 +15,7 @@ import time
 import urllib.request
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 from local.process import ROOT, Process, clean_env
 
@@ -47,19 +47,20 @@ class Stub:
         query = "&".join(f"{name}={value}" for name, value in {"token": TOKEN, **extras}.items())
         return f"http://127.0.0.1:{self.port}/?{query}"
 
-    def posts(self) -> int:
-        """How many POSTs of runs have come so far."""
-        with urllib.request.urlopen(f"{self.url}/stub", timeout=10) as answer:  # noqa: S310 - our own
-            return int(json.load(answer)["posts"])
+    def posts(self, nth: int = 1) -> tuple[int, float, float]:
+        """Return how many POSTs of runs have come, when the nth of them came, and when the last (monotonic)."""
+        with urllib.request.urlopen(f"{self.url}/stub?{nth}", timeout=10) as answer:  # noqa: S310 - our own
+            count, at, last = json.load(answer)
+            return int(count), float(at), float(last)
 
-    def wait_for(self, posts: int, *, timeout_s: float = 300) -> float:
-        """Wait until that many POSTs have come; return the instant at which that was seen (monotonic)."""
+    def wait_for(self, posts: int, *, timeout_s: float = 300) -> int:
+        """Wait until that many POSTs have come; return how many have."""
         deadline = time.monotonic() + timeout_s
-        while self.posts() < posts:
+        while (count := self.posts()[0]) < posts:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{self.posts()} of {posts} POSTs after {timeout_s:g} s")
-            time.sleep(0.01)
-        return time.monotonic()
+                raise TimeoutError(f"{count} of {posts} POSTs after {timeout_s:g} s")
+            time.sleep(0.05)
+        return count
 
     def __enter__(self) -> Stub:
         argv = [sys.executable, "-m", "benchmarks.stub", str(self._latency_s)]
@@ -78,7 +79,7 @@ class Stub:
 
 class _Connection(asyncio.Protocol):
     latency_s = LATENCY_S
-    posts = 0
+    came_at: ClassVar[list[float]] = []
 
     def __init__(self) -> None:
         self._seen = b""
@@ -105,15 +106,17 @@ class _Connection(asyncio.Protocol):
     def _answer(self, head: bytes, body: bytes) -> None:
         method, path = head.split(b" ", 2)[:2]
         latency_s, status = _Connection.latency_s, b"200 OK"
-        if path == b"/stub":
-            latency_s = 0.0
-            answer: dict[str, Any] = {"posts": _Connection.posts}
+        answer: Any
+        if path.startswith(b"/stub?"):
+            latency_s, came_at = 0.0, _Connection.came_at
+            nth = int(path[6:])
+            answer = [len(came_at), came_at[nth - 1] if len(came_at) >= nth else 0.0, (came_at or [0.0])[-1]]
         elif path == b"/api/v2/version":
             answer = {"version": "3.3.2", "git_version": None}
         elif path == b"/auth/token":
             status, answer = b"201 Created", {"access_token": TOKEN}
         elif method == b"POST" and path.endswith(b"/dagRuns"):
-            _Connection.posts += 1
+            _Connection.came_at.append(time.monotonic())
             given = json.loads(body)
             answer = {
                 "dag_id": path.split(b"/")[-2].decode(),

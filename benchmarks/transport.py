@@ -300,6 +300,9 @@ def many_idle_workers() -> dict[str, Any]:
             sent, inner = count.during(send)
             took = time.monotonic() - began
             aof = meter.aof_bytes() - aof
+            redis_cpu = meter.cpu_s()  # once more, without MONITOR
+            send()
+            redis_cpu = meter.cpu_s() - redis_cpu
             if sum(left(client, queue) for queue in QUEUES):
                 raise RuntimeError("not every message was run")
             size = statistics.mean(map(len, messages))
@@ -309,6 +312,7 @@ def many_idle_workers() -> dict[str, Any]:
                     (inner - calm_inner / CALM_S * took) / SPREAD, 2
                 ),
                 f"{prefix}idle20_aof_ratio": round((aof - calm_aof / CALM_S * took) / SPREAD / size, 2),
+                f"{prefix}idle20_redis_cpu_ms": round(redis_cpu / SPREAD * 1000, 3),
                 f"{prefix}idle20_commands_per_s_at_rest": round(calm / CALM_S, 1),
                 f"{prefix}idle20_aof_bytes_per_s_at_rest": round(calm_aof / CALM_S, 1),
             }
