@@ -62,8 +62,9 @@ for _, key in ipairs({held, returned}) do
   end
   at = at + count + 1
 end
-if not redis.call('ZSCORE', leases, owner) then  -- it had run out, and all was restored; see RENEW
-  redis.call('ZREM', KEYS[6], owner)
+local until_ = redis.call('ZSCORE', leases, owner)
+if not until_ or tonumber(until_) <= now then  -- it had run out, and all was restored or is about to be
+  redis.call('ZREM', KEYS[6], owner)  -- see RENEW
   redis.call('ZADD', leases, string.format('%.6f', now + ttl), owner)
   for list = 1, lists do redis.call('SADD', KEYS[5], KEYS[base + list]) end
 end
