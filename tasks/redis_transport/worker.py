@@ -12,7 +12,9 @@ from __future__ import annotations
 import os
 import threading
 import time
+from concurrent.futures import Future
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final
 
 from celery import Celery, bootsteps, signals
@@ -20,6 +22,7 @@ from celery.exceptions import ImproperlyConfigured
 from celery.utils.log import get_logger
 from celery.worker import state as worker_state
 from celery.worker.control import Panel
+from celery.worker.request import Request
 
 from . import channel as transport
 from . import register
@@ -42,6 +45,7 @@ def install(app: Celery[Any], *, budget_s: float = BUDGET_S) -> None:
     signals.celeryd_init.connect(_on_celeryd_init, weak=False)
     app.steps["worker"].add(RefuseGreen)
     app.steps["worker"].add(Leave)
+    app.steps["worker"].add(Dropped)
     app.steps["consumer"].add(Announce)
     Budget.budget_s = budget_s
     app.steps["consumer"].add(Budget)
@@ -103,6 +107,42 @@ def _leave() -> None:
         hand.leave()
 
 
+class Dropped(bootsteps.Step):
+    """Give back what the thread pool drops.
+
+    When Celery cannot write a task's end (the result backend is away), its tracer raises; the thread pool keeps
+    that exception to itself, and the request stays among the running ones for ever, with its message.
+    """
+
+    requires = ("celery.worker.components:Pool",)
+
+    def create(self, worker: Any) -> None:
+        pool = worker.pool
+        if getattr(pool, "executor", None) is None:
+            return
+        on_apply = pool.on_apply
+
+        def apply(*args: Any, callback: Any = None, **kwargs: Any) -> Any:
+            result = on_apply(*args, callback=callback, **kwargs)
+            result.f.add_done_callback(partial(_on_done, callback))
+            return result
+
+        pool.on_apply = apply
+
+
+def _on_done(callback: Any, future: Future[Any]) -> None:
+    if future.cancelled() or (exc := future.exception()) is None:
+        return
+    request = getattr(callback, "__self__", None)
+    if not isinstance(request, Request):
+        return
+    log.error("its end could not be written, it comes back task_id=%s: %r", request.id, exc)
+    worker_state.task_ready(request)
+    if not request.acknowledged:
+        request.acknowledged = True
+        request.message.channel.qos.give_back(request.message.delivery_tag)
+
+
 class Announce(bootsteps.StartStopStep):
     """Tell Flower of a message that was parked before Celery has seen it."""
 
@@ -148,8 +188,11 @@ class Budget(bootsteps.StartStopStep):
     budget_s = BUDGET_S
 
     def start(self, consumer: Any) -> None:
+        self._controller = consumer.controller
         if consumer.hub is not None:
-            self._entry = consumer.hub.timer.call_repeatedly(BUDGET_CHECK_S, self.check, ())
+            self._entry = consumer.hub.timer.call_repeatedly(
+                min(BUDGET_CHECK_S, self.budget_s / 4), self.check, ()
+            )
 
     def stop(self, consumer: Any) -> None:
         entry = getattr(self, "_entry", None)
@@ -166,6 +209,7 @@ class Budget(bootsteps.StartStopStep):
             # Celery keeps time_start as monotonic or as wall time, by release and pool.
             ran_s = now - started if started <= now else time.time() - started
             if ran_s > self.budget_s:
+                self._controller.exitcode = EXIT_STUCK  # Celery's own for a cold shutdown is 0
                 end_stuck(
                     f"task {request.name}[{request.id}] runs for {ran_s:.0f} s, over its {self.budget_s:g} s"
                 )

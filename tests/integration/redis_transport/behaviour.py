@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +20,7 @@ import redis
 from celery import Celery
 
 import tests.import_tasks  # noqa: F401
-from local.process import Process, clean_env
+from local.process import Process, clean_env, tail
 from local.valkey import Valkey
 from tasks.redis_transport import Keys, Lot
 
@@ -32,6 +34,8 @@ BACK_S = LEASE_S + max(1.0, LEASE_S / 6)
 """How long a dead worker's messages may take to come back: the lease, and the interval of the look for it."""
 BUSY_S = 4.0
 """What a busy machine may add to anything."""
+AT_ONCE = 7
+"""How many scenarios run at once."""
 STOCK, OURS = "kombu.transport.redis:Transport", "tasks.redis_transport:Transport"
 
 
@@ -215,6 +219,87 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The Valkey that this module's tests share, each with a database of its own."""
     with serving(tmp_path_factory.mktemp("behaviour")) as found:
         yield found
+
+
+class Place:
+    """Where one scenario has its worlds; all of it is ended with the scenario."""
+
+    def __init__(self, shared: Server, folder: Path) -> None:
+        self._shared, self._folder = shared, folder
+        self._stack = ExitStack()
+        self._worlds: list[World] = []
+
+    def world(self, **conf: Any) -> World:
+        """Make a world in the shared Valkey. `conf` are Celery settings of its workers and producers."""
+        return self._add(self._shared.world(**conf))
+
+    def _add(self, world: World) -> World:
+        self._stack.callback(world.close)
+        self._worlds.append(world)
+        return world
+
+    def logs(self) -> str:
+        """Return the ends of the workers' logs, and what is held."""
+        return "\n".join(
+            f"--- {log.stem}\n{tail(log, 60)}" for world in self._worlds for log in world.folder.glob("*.log")
+        )
+
+    def server(self) -> Server:
+        """Start a Valkey of its own, to be cut off or restarted."""
+        return self._stack.enter_context(serving(self._folder))
+
+    def own_world(self, **conf: Any) -> tuple[Valkey, World]:
+        server = self.server()
+        return server.valkey, self._add(server.world(**conf))
+
+    def __enter__(self) -> Place:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+def side_by_side(scenario: Callable[..., None]) -> Callable[..., None]:
+    """Make a test of a scenario which runs beside the others of its module, because all of them mostly wait.
+
+    A scenario takes a `Place`, and further arguments from `pytest.mark.parametrize`. Its module needs the
+    fixtures `server` and `running` from here.
+    """
+
+    def test(running: Any, request: pytest.FixtureRequest, **_: Any) -> None:
+        running[request.node.name].result()
+
+    names = ["running", "request", *list(inspect.signature(scenario).parameters)[1:]]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    test.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
+    test.__name__, test.__doc__, test.__module__ = scenario.__name__, scenario.__doc__, scenario.__module__
+    test.scenario = scenario  # type: ignore[attr-defined]
+    return test
+
+
+@pytest.fixture(scope="module")
+def running(request: pytest.FixtureRequest, server: Server) -> Iterator[dict[str, Future[None]]]:
+    """The selected scenarios of this module, at work."""
+
+    def run(item: Any) -> None:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        with Place(server, server.folder / item.name) as place:
+            try:
+                item.function.scenario(place, **params)
+            except BaseException as exc:
+                exc.add_note(place.logs())
+                raise
+
+    with ThreadPoolExecutor(AT_ONCE) as executor:
+        items = [
+            item
+            for item in request.session.items
+            if getattr(item, "module", None) is request.module and hasattr(item.function, "scenario")
+        ]
+        futures = {item.name: executor.submit(run, item) for item in items}
+        yield futures
+        for future in futures.values():
+            future.cancel()
 
 
 @pytest.fixture
