@@ -288,6 +288,7 @@ return 0
 # the new one. Returns 0 if it has changed meanwhile.
 AMEND: Final = Script("""
 if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
+redis.call('HDEL', KEYS[1], '')  -- nothing: see RENEW
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
 redis.call('ZADD', KEYS[2], 0, ARGV[1])
 return 1
@@ -306,6 +307,7 @@ return 1
 # gone.
 REPLAY: Final = Script("""
 if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
+redis.call('HDEL', KEYS[1], '')  -- nothing: see RENEW
 redis.call('LPUSH', KEYS[2], ARGV[3])
 redis.call('HDEL', KEYS[1], ARGV[1])
 return 1
