@@ -465,6 +465,13 @@ def claim(
     ]
 
 
+CONNECTION_ERRORS: Final = (
+    *(kind for kind in kombu_redis.Transport.connection_errors if kind is not KeyError),
+    ResponseError,
+)
+"""What may be wrong with the connection. kombu counts KeyError too, which a message can bring about: that would
+fetch it again, and again."""
+
 _hands: dict[tuple[Any, ...], Hand] = {}
 _hands_lock = threading.Lock()
 
@@ -603,12 +610,24 @@ class Channel(kombu_redis.Channel):
         hand = self.hand
         try:
             readable = messages.read(raw, queue, accept=self.accept, timezone=self.zone)
+            if times > MAX_RETURNS:
+                raise messages.Unreadable(f"{times} workers could not end it")
+            self._deliver(readable, tag, queue, queue_key, times)
         except messages.Unreadable as exc:
             self.put_aside(raw, queue_key, str(exc), tag)
-            return
-        if times > MAX_RETURNS:
-            self.put_aside(raw, queue_key, f"{times} workers could not end it", tag)
-            return
+        except Reject as exc:
+            log.warning("given back, Celery could not begin it: %s", exc)
+            hand.give_back(tag, after_s=RETRY_S)
+        except (MemoryError, *CONNECTION_ERRORS):
+            raise
+        except Exception as exc:  # noqa: BLE001 - whatever it is, it must not end the worker: it is said
+            if worker_state.should_stop is not None or worker_state.should_terminate is not None:
+                hand.give_back(tag)  # the pool has been closed under it
+                return
+            self.put_aside(raw, queue_key, f"Celery cannot take it: {type(exc).__name__}: {exc}", tag)
+
+    def _deliver(self, readable: messages.Readable, tag: int, queue: str, queue_key: str, times: int) -> None:
+        hand = self.hand
         if (
             times
             and readable.task_id
@@ -622,18 +641,7 @@ class Channel(kombu_redis.Channel):
         self.ready(readable, times)
         readable.envelope["properties"]["delivery_tag"] = tag
         readable.envelope["decoded"] = readable.decoded
-        try:
-            self.connection._deliver(readable.envelope, queue)
-        except Reject as exc:
-            log.warning("given back, Celery could not begin it task_id=%s: %s", readable.task_id, exc)
-            hand.give_back(tag, after_s=RETRY_S)
-        except (MemoryError, *self.connection_errors):
-            raise
-        except Exception as exc:  # noqa: BLE001 - whatever it is, it must not end the worker: it is said
-            if worker_state.should_stop is not None or worker_state.should_terminate is not None:
-                hand.give_back(tag)  # the pool has been closed under it
-                return
-            self.put_aside(raw, queue_key, f"Celery cannot take it: {type(exc).__name__}: {exc}", tag)
+        self.connection._deliver(readable.envelope, queue)
 
     def due_now(self, readable: messages.Readable, queue_key: str, tag: int) -> bool:
         """Park a claimed message that is not due yet; tell whether it is to be delivered now."""
@@ -641,7 +649,7 @@ class Channel(kombu_redis.Channel):
         expired = readable.expires is not None and readable.expires <= due
         if expired:
             due = readable.expires or 0.0  # it will be reported when it expires, and never run
-            readable.headers["expires"] = "1970-01-01T00:00:00+00:00"
+            messages.expire(readable)
         messages.strip_eta(readable)
         message = messages.encoded(readable)
         answer = self.lot.park(
