@@ -469,8 +469,8 @@ CONNECTION_ERRORS: Final = (
     *(kind for kind in kombu_redis.Transport.connection_errors if kind is not KeyError),
     ResponseError,
 )
-"""What may be wrong with the connection. kombu counts KeyError too, which a message can bring about: that would
-fetch it again, and again."""
+"""What may be wrong with the connection. kombu counts KeyError too, which a message can bring about: it would be
+fetched again, and again."""
 
 _hands: dict[tuple[Any, ...], Hand] = {}
 _hands_lock = threading.Lock()
@@ -611,8 +611,9 @@ class Channel(kombu_redis.Channel):
         try:
             readable = messages.read(raw, queue, accept=self.accept, timezone=self.zone)
             if times > MAX_RETURNS:
-                raise messages.Unreadable(f"{times} workers could not end it")
-            self._deliver(readable, tag, queue, queue_key, times)
+                self.put_aside(raw, queue_key, f"{times} workers could not end it", tag)
+            else:
+                self._deliver(readable, tag, queue, queue_key, times)
         except messages.Unreadable as exc:
             self.put_aside(raw, queue_key, str(exc), tag)
         except Reject as exc:
