@@ -494,3 +494,12 @@ def test_whatever_depth_is_read_can_be_written_again(where, depth):
         return
     messages.strip_eta(found)
     messages.encoded(found)
+
+
+@pytest.mark.parametrize("protocol", [2, 1])
+def test_one_that_expires_before_it_is_due_is_expired_when_it_comes_back(protocol):
+    found = read(stock(protocol, countdown=600, expires=60, task_id="i"))
+    messages.expire(found)
+    messages.strip_eta(found)
+    again = read(messages.encoded(found))
+    assert (again.eta, again.expires) == (None, 0.0)
