@@ -469,8 +469,8 @@ CONNECTION_ERRORS: Final = (
     *(kind for kind in kombu_redis.Transport.connection_errors if kind is not KeyError),
     ResponseError,
 )
-"""What may be wrong with the connection. kombu counts KeyError too, which a message can bring about: it would be
-fetched again, and again."""
+"""What may be wrong with the connection. kombu counts KeyError too, which a message can bring about: it would
+be fetched again, and again."""
 
 _hands: dict[tuple[Any, ...], Hand] = {}
 _hands_lock = threading.Lock()
