@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import tzinfo
 from functools import cached_property
 from typing import Any, Final
 from zoneinfo import ZoneInfo
@@ -486,7 +487,8 @@ class Channel(kombu_redis.Channel):
 
     namespace = "redis_transport"
     accept: tuple[str, ...] = ("application/json",)
-    timezone = "UTC"
+    timezone: str | tzinfo = "UTC"
+    """That of an eta without one: as `app.timezone` is for Celery. `worker.install` sets it so."""
 
     from_transport_options = (
         *kombu_redis.Channel.from_transport_options,
@@ -513,8 +515,8 @@ class Channel(kombu_redis.Channel):
         return Keys(self.global_keyprefix, self.namespace)
 
     @cached_property
-    def zone(self) -> ZoneInfo:
-        return ZoneInfo(self.timezone)
+    def zone(self) -> tzinfo:
+        return ZoneInfo(self.timezone) if isinstance(self.timezone, str) else self.timezone
 
     @cached_property
     def lot(self) -> Lot:
@@ -584,14 +586,11 @@ class Channel(kombu_redis.Channel):
             return super()._put(queue, message, **kwargs)
         headers = message["headers"]
         key = self.keys.queue(queue, self.priority(self._get_message_priority(message, reverse=False)))
-        readable = messages.Readable(message, None, headers["id"], headers.get("retries") or 0, due, None)
-        messages.strip_eta(readable)
+        expires = messages.expires_of(message, self.zone)
+        readable = messages.Readable(message, None, headers["id"], headers.get("retries") or 0, due, expires)
+        due, encoded = messages.to_park(readable)
         answer = self.lot.park(
-            headers["id"],
-            due=due,
-            retries=readable.retries,
-            queue_key=key,
-            message=messages.encoded(readable),
+            headers["id"], due=due, retries=readable.retries, queue_key=key, message=encoded
         )
         if answer == "stale":
             log.warning("an older copy of a parked task was not published task_id=%s", headers["id"])
@@ -646,13 +645,7 @@ class Channel(kombu_redis.Channel):
 
     def due_now(self, readable: messages.Readable, queue_key: str, tag: int) -> bool:
         """Park a claimed message that is not due yet; tell whether it is to be delivered now."""
-        due = readable.eta or 0.0
-        expired = readable.expires is not None and readable.expires <= due
-        if expired:
-            due = readable.expires or 0.0  # it will be reported when it expires, and never run
-            messages.expire(readable)
-        messages.strip_eta(readable)
-        message = messages.encoded(readable)
+        due, message = messages.to_park(readable)
         answer = self.lot.park(
             readable.task_id or "",
             due=due,
@@ -773,7 +766,7 @@ class Transport(kombu_redis.Transport):
                             message["headers"]["id"],
                             message["headers"].get("retries") or 0,
                             due,
-                            None,
+                            messages.expires_of(message, channel.zone),
                         )
                         if not channel.due_now(readable, key, 0):
                             return

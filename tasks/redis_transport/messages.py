@@ -132,13 +132,37 @@ def revoked(raw: bytes) -> bytes:
 
 def eta_of(envelope: dict[str, Any], timezone: tzinfo) -> float | None:
     """Return when a message that is being published is due, in seconds since 1970; None for at once."""
+    return _instant_of(envelope, "eta", timezone)
+
+
+def expires_of(envelope: dict[str, Any], timezone: tzinfo) -> float | None:
+    """Return when a message that is being published expires, in seconds since 1970; None for never."""
+    return _instant_of(envelope, "expires", timezone)
+
+
+def _instant_of(envelope: dict[str, Any], name: str, timezone: tzinfo) -> float | None:
     headers = envelope.get("headers")
-    if not isinstance(headers, dict) or not headers.get("eta") or not isinstance(headers.get("id"), str):
+    if not isinstance(headers, dict) or not headers.get(name) or "task" not in headers:
+        return None
+    if not isinstance(headers.get("id"), str):
         return None
     try:
-        return _instant(headers, "eta", timezone)
+        return _instant(headers, name, timezone)
     except Unreadable:
         return None
+
+
+def to_park(readable: Readable) -> tuple[float, bytes]:
+    """Return until when a message with an eta is to be parked, and its bytes without the eta.
+
+    One that expires before its time comes back when it expires, marked so that it is reported, and never run.
+    """
+    due = readable.eta or 0.0
+    if readable.expires is not None and readable.expires <= due:
+        due = readable.expires
+        expire(readable)
+    strip_eta(readable)
+    return due, encoded(readable)
 
 
 def _object(parent: dict[str, Any], name: str) -> dict[str, Any]:

@@ -54,8 +54,10 @@ def install(app: Celery[Any], *, budget_s: float = BUDGET_S) -> None:
         Panel.data["revoke"] = _revoke_parked_too
 
 
-def _on_celeryd_init(**_: Any) -> None:
+def _on_celeryd_init(instance: Any, **_: Any) -> None:
     register()
+    app = instance.app
+    app.conf.broker_transport_options = {"timezone": app.timezone} | app.conf.broker_transport_options
 
 
 class RefuseGreen(bootsteps.Step):
@@ -110,8 +112,8 @@ def _leave() -> None:
 class Dropped(bootsteps.Step):
     """Give back what the thread pool drops.
 
-    When Celery cannot write a task's end (the result backend is away), its tracer raises; the thread pool keeps
-    that exception to itself, and the request stays among the running ones for ever, with its message.
+    When Celery cannot write a task's end (the result backend is away), its tracer raises. The thread pool
+    keeps that exception to itself, and the request stays among the running ones for ever, with its message.
     """
 
     requires = ("celery.worker.components:Pool",)

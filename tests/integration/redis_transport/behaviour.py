@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import redis
 from celery import Celery
+from celery.backends.redis import RedisBackend
 
 import tests.import_tasks  # noqa: F401
 from local.process import Process, clean_env, tail
@@ -49,6 +51,25 @@ def until(true: Callable[[], Any], timeout_s: float = 20.0, what: str = "") -> A
     return found
 
 
+class Quiet(RedisBackend):
+    """A result backend that is only asked: a result that nobody wants any more needs no Redis."""
+
+    def on_task_call(self, producer: Any, task_id: str) -> None:
+        pass
+
+    def add_pending_result(self, result: Any, **kwargs: Any) -> Any:
+        return result
+
+    def remove_pending_result(self, result: Any) -> Any:
+        return result
+
+
+def ended(result: Any, timeout_s: float = 20.0) -> Any:
+    """Wait for a result and return it."""
+    until(result.ready, timeout_s, "a result")
+    return result.result
+
+
 class Worker:
     """One `celery worker` of the behaviour app; ready when `start` returns."""
 
@@ -69,6 +90,11 @@ class Worker:
     def text(self) -> str:
         """Everything that it has logged."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def started_at(self) -> float:
+        """When it was ready by its own clock, in seconds since 1970."""
+        line = next(line for line in self.text().splitlines() if " ready." in line)
+        return datetime.strptime(line[1:20], "%Y-%m-%d %H:%M:%S").timestamp()
 
     def launch(self) -> Worker:
         """Start it and do not wait."""
@@ -123,9 +149,14 @@ class World:
         """Return an app that publishes by this transport, whatever other tests have registered."""
         app = Celery("producer", set_as_current=False)
         app.conf.update(behaviour_app.DEFAULTS)
-        app.conf.update(broker_url=self.url, result_backend=self.url, broker_transport=transport)
-        app.conf.update(self.conf)
-        app.conf.update(conf)
+        app.conf.update(
+            broker_url=self.url,
+            result_backend=f"{__name__}:Quiet+{self.url}",
+            broker_transport=transport,
+        )
+        app.conf.update(self.conf | conf)
+        if transport == OURS:  # as `install` does in a worker
+            app.conf.broker_transport_options |= {"timezone": app.timezone}
         self._stack.callback(app.close)
         return app
 

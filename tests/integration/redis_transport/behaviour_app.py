@@ -114,9 +114,9 @@ def broken(self: Task, mark: object = None) -> None:
 
 
 @app.task(bind=True)
-def told(self: Task, request: object, exc: object, traceback: object) -> None:
+def told(self: Task, task_id: str) -> None:
     """An errback: note whose failure it was told of."""
-    write(self, "told", getattr(request, "id", request), exc=type(exc).__name__)
+    write(self, "told", task_id)
 
 
 @app.task(bind=True, rate_limit="4/s")
