@@ -1,7 +1,7 @@
-"""How many triggers a worker gets through: our `trigger_dag`, all of our machinery on, beside the naive task.
+"""How many triggers a worker gets through: `trigger_dag` with all of our machinery, beside the naive task.
 
-Both have 64 threads in one process, an Airflow that takes 20 ms (`benchmarks.stub`), and a backlog that lay in
-Redis before the worker was started; the rate is counted by the stub, from one POST in the midst of it to the
+Both have 64 threads in one process, an Airflow that takes 20 ms (`benchmarks.stub`), and a backlog that lay
+in Redis before the worker was started; the stub counts the rate, from one POST in the midst of it to the
 last. Ours checks each message, asks whether the connection is held, keeps record and result, sends events and
 logs each outcome; the naive one is `requests.post` in a stock Celery task as it comes: no results, no events,
 early acknowledgement, logging at WARNING.

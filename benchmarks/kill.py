@@ -21,6 +21,7 @@ from ._report import Bound, report, say
 
 MESSAGES, KILLS = 60_000, 30
 SIDES: tuple[Side, ...] = ("ours", "stock")
+PREFIXES: dict[Side, str] = {"ours": "", "stock": "stock_"}
 
 
 def main() -> int:
@@ -61,7 +62,7 @@ def main() -> int:
                 "ran_twice": found[side][mode.name].ran_twice,
                 "claimed": found[side][mode.name].claimed,
             }
-            for side, prefix in (("ours", ""), ("stock", "stock_"))
+            for side, prefix in PREFIXES.items()
             for mode in MODES
         },
     }

@@ -1,8 +1,8 @@
 """An Airflow 3 that takes 20 ms for everything and next to no CPU: raw HTTP on asyncio, in its own process.
 
 It speaks the few endpoints that a trigger needs, keeps no runs, and answers every POST of one as made. A GET
-of /stub?N says how many POSTs of runs have come, and when the Nth and the last. `tests.fake_airflow` knows all the faults of a real one, and
-is too slow to measure against.
+of /stub?N says how many POSTs of runs have come, and when the Nth and the last. `tests.fake_airflow` knows
+the faults of a real one, and is too slow to measure against.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Stub:
         return f"http://127.0.0.1:{self.port}/?{query}"
 
     def posts(self, nth: int = 1) -> tuple[int, float, float]:
-        """Return how many POSTs of runs have come, when the nth of them came, and when the last (monotonic)."""
+        """Return how many POSTs of runs have come, and when the nth and the last came (monotonic)."""
         with urllib.request.urlopen(f"{self.url}/stub?{nth}", timeout=10) as answer:  # noqa: S310 - our own
             count, at, last = json.load(answer)
             return int(count), float(at), float(last)

@@ -1,6 +1,6 @@
-"""What the Redis transport costs a worker and its Redis, beside kombu's: the same small app on both, in turn.
+"""What the Redis transport costs a worker and its Redis, beside kombu's: one small app on both, in turn.
 
-CPU per task: a backlog appears in one step (RENAME) before one worker of 64 threads with late acknowledgement,
+CPU per task: a backlog appears in one step (RENAME) before a worker of 64 threads with late acknowledgement,
 and the process's CPU clock is read before and after. Commands count as clients send them, those inside a
 script apart. Where a figure is of idle workers, both sides are measured at the same time.
 """
@@ -20,7 +20,7 @@ from typing import Any
 import redis
 
 from local.valkey import Valkey
-from tests.plain_worker import PlainWorker, Side, cpu_s, left, message, push
+from tests.plain_worker import PlainWorker, Side, cpu_s, left, message
 from tests.worker import Worker
 
 from ._report import Bound, quantile, report, say
@@ -28,6 +28,7 @@ from .stub import Stub
 
 ROUNDS = 3
 SIDES: tuple[Side, ...] = ("ours", "stock")
+PREFIXES: dict[Side, str] = {"ours": "", "stock": "stock_"}
 NOOPS, POSTS, WARM_UP = 20_000, 4_000, 500
 IDLE_S = 30
 FIRSTS, FIRST_PAUSE_S, LONG_FIRSTS, LONG_PAUSE_S = 40, 0.3, 4, 7.0
@@ -123,7 +124,9 @@ def per_task() -> dict[str, Any]:
                 meter.client.close()
 
     median = {
-        (name, side): statistics.median(values) for name, sides in found.items() for side, values in sides.items()
+        (name, side): statistics.median(values)
+        for name, sides in found.items()
+        for side, values in sides.items()
     }
 
     def ratio(name: str) -> float:
@@ -139,7 +142,7 @@ def per_task() -> dict[str, Any]:
             f"{prefix}{task}_{what}": round(median[f"{task}_{what}", side], 4)
             for task in ("noop", "post")
             for what in ("cpu_ms", "per_s", "commands", "redis_cpu_ms")
-            for side, prefix in (("ours", ""), ("stock", "stock_"))
+            for side, prefix in PREFIXES.items()
         },
     }
 
@@ -243,7 +246,7 @@ class Count:
     def during(self, act: Callable[[], None]) -> tuple[int, int]:
         """Do something; return how many commands workers have sent meanwhile, and scripts have run."""
         sent = inner = 0
-        with self._client.monitor() as monitor:
+        with self._client.monitor() as monitor:  # type: ignore[no-untyped-call]
             act()
             self._client.echo("the end")
             for seen in monitor.listen():
@@ -252,7 +255,9 @@ class Count:
                     break
                 if seen["client_type"] == "lua":
                     inner += 1
-                elif not command.startswith(("LPUSH celery", *(f"LPUSH {queue}" for queue in QUEUES), "INFO")):
+                elif not command.startswith(
+                    ("LPUSH celery", *(f"LPUSH {queue}" for queue in QUEUES), "INFO")
+                ):
                     sent += 1
         return sent, inner
 

@@ -16,7 +16,7 @@ import redis
 from tests.plain_worker import NAMESPACE, PlainWorker, Side, left, message, push
 
 VISIBILITY_TIMEOUT_S = 3
-"""Of both sides, and stock's sweep as quick as it can be set: what a dead worker held is back within seconds."""
+"""Of both sides, with stock's sweep as quick as it can be set: what a dead worker held is back in seconds."""
 
 END_S = 120.0
 

@@ -6,9 +6,9 @@
 - PLAIN_FILE: where `note` and `late` append a line for each run (a write to a file outlives `kill -9`)
 - PLAIN_POST_URL: where `post` posts to
 
-`tasks.redis_transport` lies in the package `tasks`, whose `__init__` makes the worker's app: it reads settings
-and takes over the logging. Here that package is only a name and a path, so that the transport is imported by
-itself, as if it were published by itself, and both sides log as Celery does by default, at WARNING.
+`tasks.redis_transport` lies in the package `tasks`, whose `__init__` makes the worker's app: that reads
+settings and takes over the logging. Here the package is only a name and a path, so that the transport is
+imported as if it were published by itself, and both sides log as Celery does by default, at WARNING.
 """
 
 from __future__ import annotations
@@ -110,4 +110,4 @@ def naive(number: int) -> None:
 
 @signals.worker_ready.connect
 def _say_ready(**_: Any) -> None:
-    print(" ready.", file=sys.stderr, flush=True)  # Celery says so at INFO only
+    sys.stderr.write(" ready.\n")  # Celery says so at INFO only

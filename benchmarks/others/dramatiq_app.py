@@ -20,7 +20,7 @@ session.trust_env = False
 @dramatiq.actor(actor_name="post")  # type: ignore[untyped-decorator]
 def post(number: int) -> None:
     """Post over a kept-alive connection."""
-    body = {"dag_run_id": f"r{number}", "conf": {}, "logical_date": None}
+    body: dict[str, object] = {"dag_run_id": f"r{number}", "conf": {}, "logical_date": None}
     session.post(os.environ["POST_URL"], json=body, timeout=30).raise_for_status()
 
 

@@ -1,4 +1,4 @@
-"""`taskiq worker benchmarks.others.taskiq_app:broker`; called as a program with a number, it sends so many."""
+"""`taskiq worker benchmarks.others.taskiq_app:broker`; run with a number, it sends so many."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ async def post(number: int) -> None:
     """Post over a kept-alive connection."""
     if not sessions:
         sessions.append(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=64)))
-    body = {"dag_run_id": f"r{number}", "conf": {}, "logical_date": None}
+    body: dict[str, object] = {"dag_run_id": f"r{number}", "conf": {}, "logical_date": None}
     async with sessions[0].post(os.environ["POST_URL"], json=body) as answer:
         answer.raise_for_status()
         await answer.read()
