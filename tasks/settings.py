@@ -53,6 +53,11 @@ def _redis_url(environ: Mapping[str, str], mistakes: list[str]) -> str:
         mistakes.append(
             "DAGRELAY_REDIS_URL is not set: give the Redis to work from, e.g. redis://host:6379/0"
         )
+    elif url.startswith("sentinel://"):
+        mistakes.append(
+            "DAGRELAY_REDIS_URL is a Sentinel URL, and workers speak to one Redis: give the address of its "
+            "primary, or of a proxy that follows it, as redis://[user:password@]host:port/db, or rediss://"
+        )
     elif not url.startswith(("redis://", "rediss://")):
         mistakes.append(
             "DAGRELAY_REDIS_URL is no Redis URL: redis://[user:password@]host:port/db, or rediss://"
