@@ -61,6 +61,9 @@ the most. What is known to be due before the next look is moved on time (see `Pu
 BATCH_DELAY_S: Final = 0.002
 """How long a worker with some messages in work waits for more credit before it claims again."""
 
+AT_ONCE_S: Final = 0.0005
+"""Soon enough for "at once", and long enough for the loop to look at its sockets in between."""
+
 MOST_A_CLAIM: Final = 200
 MOST_A_MOVE: Final = 1000
 MAX_RETURNS: Final = 10
@@ -262,6 +265,9 @@ class Feeder:
         if (self.more and credit) or self.full_hands:
             if self._worth_it(credit):
                 self.claim(credit)
+                if self.more and self.channel.qos.credit():
+                    # What was claimed has been parked or put aside: no task's end will wake the loop for more.
+                    self.loop.call_later(AT_ONCE_S, _nothing)
         elif self.hand.has_acks:
             self.hand.flush()
         if self.refused_until and time.monotonic() >= self.refused_until:
