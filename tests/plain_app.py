@@ -6,9 +6,8 @@
 - PLAIN_FILE: where `note` and `late` append a line for each run (a write to a file outlives `kill -9`)
 - PLAIN_POST_URL: where `post` posts to
 
-`tasks.redis_transport` lies in the package `tasks`, whose `__init__` makes the worker's app: that reads
-settings and takes over the logging. Here the package is only a name and a path, so that the transport is
-imported as if it were published by itself, and both sides log as Celery does by default, at WARNING.
+The transport is imported by itself (see `tests.transport_alone`), so that both sides log as Celery does by
+default, at WARNING.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import requests
 from celery import Celery, signals
 from redis import Redis
 from requests.adapters import HTTPAdapter
+
+from tests import transport_alone
 
 NAMESPACE = "plain"
 URL = os.environ["PLAIN_URL"]
@@ -47,9 +46,7 @@ app.conf.broker_transport_options |= given.pop("broker_transport_options", {})
 app.conf.update(given)
 
 if os.environ["PLAIN_TRANSPORT"] == "ours":
-    package = ModuleType("tasks")
-    package.__path__ = [str(Path(__file__).resolve().parent.parent / "tasks")]
-    sys.modules["tasks"] = package
+    transport_alone.make_importable()
     from tasks.redis_transport import worker as redis_transport_worker
 
     app.conf.broker_transport_options |= {"namespace": NAMESPACE}
