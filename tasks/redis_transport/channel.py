@@ -730,7 +730,7 @@ class Cycle(kombu_redis.MultiChannelPoller):
         if any(channel.fed_queues for channel in self._channels):
             raise RuntimeError(
                 "this transport needs an event loop: use the prefork, threads or solo pool (gevent and "
-                "eventlet have none), or the transport option fetch='stock'"
+                "eventlet have none)"
             )
         return super().get(callback, timeout)
 

@@ -118,6 +118,7 @@ class Hand:
         """Those whose `pause(line)` is called when this process begins to leave: its feeders."""
         self._leaving: threading.Thread | None = None
         self._left = threading.Event()
+        self._apart: Line | None = None
         atexit.register(self.release)
 
     @property
@@ -232,11 +233,7 @@ class Hand:
         """Renew the lease, and find what is ours without our knowing. Raises what redis-py raises."""
         if not self._queues:
             return
-        was_there, known = scripts.RENEW(
-            self.client,
-            (self.keys.leases, self.held_key, self.keys.gone, self.keys.hands(self.owner)),
-            (self.owner, self.lease_s, *self._queues),
-        )
+        was_there, known = self._renew_over(self.client)
         if self.uncertain or int(known) > len(self.held):
             self._find_unknown()
         if not was_there and self.held:
@@ -246,6 +243,25 @@ class Hand:
                 len(self.held),
                 self.lease_s,
             )
+
+    def _renew_over(self, line: Line) -> Any:
+        own = self.keys
+        return scripts.RENEW(
+            line,
+            (own.leases, self.held_key, own.gone, own.hands(self.owner)),
+            (self.owner, self.lease_s, *tuple(self._queues)),
+        )
+
+    def renew_apart(self) -> None:
+        """Renew the lease over another connection: called by a thread while the event loop stands still."""
+        if self.closed or not self._queues:
+            return
+        if self._apart is None:
+            self._apart = self.client.another()
+        try:
+            self._renew_over(self._apart)
+        except (RedisError, OSError) as exc:
+            log.warning("the lease is not renewed yet: %s", exc)
 
     def _find_unknown(self) -> None:
         """Give back what was claimed for us by a call whose answer was lost."""
@@ -300,11 +316,7 @@ class Hand:
                 now = time.monotonic()
                 if now >= renew_at:
                     self._empty_hands(line)
-                    scripts.RENEW(
-                        line,
-                        (self.keys.leases, self.held_key, self.keys.gone, self.keys.hands(self.owner)),
-                        (self.owner, self.lease_s, *self._queues),
-                    )
+                    self._renew_over(line)
                     renew_at = now + self.lease_s / 3
                 self.return_due(line)
                 self.flush(line)

@@ -12,12 +12,14 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from concurrent.futures import Future
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Final
 
 from celery import Celery, bootsteps, signals
+from celery.concurrency.solo import TaskPool as SoloPool
 from celery.exceptions import ImproperlyConfigured
 from celery.utils.log import get_logger
 from celery.worker import state as worker_state
@@ -64,16 +66,12 @@ class RefuseGreen(bootsteps.Step):
     """Refuse gevent and eventlet: their loop is not the one that this transport's sockets are read by."""
 
     def __init__(self, worker: Any, **kwargs: Any) -> None:
-        if getattr(worker.pool_cls, "is_green", False) and not _stock(worker.app):
+        if getattr(worker.pool_cls, "is_green", False):
             raise ImproperlyConfigured(
-                "the pools gevent and eventlet have no event loop for this transport: use -P threads "
-                "(or processes, or solo), or the transport option fetch='stock'"
+                "the pools gevent and eventlet have no event loop for this transport, and nothing would "
+                "bring back what is parked: use -P threads, or processes, or solo"
             )
         super().__init__(worker, **kwargs)
-
-
-def _stock(app: Any) -> bool:
-    return bool(app.conf.broker_transport_options.get("fetch") == "stock")
 
 
 class Leave(bootsteps.StartStopStep):
@@ -190,9 +188,19 @@ class Budget(bootsteps.StartStopStep):
     requires = ("celery.worker.consumer.tasks:Tasks",)
     budget_s = BUDGET_S
 
-    def start(self, consumer: Any) -> None:
+    def __init__(self, consumer: Any, **kwargs: Any) -> None:
+        super().__init__(consumer, **kwargs)
         self._controller = consumer.controller
-        if consumer.hub is not None:
+        # By our own clock, the monotonic one: Celery notes the wall's, which may be set.
+        self._seen: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
+        self._solo: threading.Thread | None = None
+
+    def start(self, consumer: Any) -> None:
+        if isinstance(consumer.pool, SoloPool):
+            if self._solo is None:
+                self._solo = threading.Thread(target=self._watch_solo, name="redis_transport", daemon=True)
+                self._solo.start()
+        elif consumer.hub is not None:
             self._entry = consumer.hub.timer.call_repeatedly(
                 min(BUDGET_CHECK_S, self.budget_s / 4), self.check, ()
             )
@@ -206,17 +214,26 @@ class Budget(bootsteps.StartStopStep):
         """Look at every running task; end the process for one that is over its budget."""
         now = time.monotonic()
         for request in tuple(worker_state.active_requests):
-            started = request.time_start
-            if started is None:
-                continue
-            # Celery keeps time_start as monotonic or as wall time, by release and pool.
-            ran_s = now - started if started <= now else time.time() - started
+            ran_s = now - self._seen.setdefault(request, now)
             if ran_s > self.budget_s:
                 self._controller.exitcode = EXIT_STUCK  # Celery's own for a cold shutdown is 0
                 end_stuck(
                     f"task {request.name}[{request.id}] runs for {ran_s:.0f} s, over its {self.budget_s:g} s"
                 )
                 return
+
+    def _watch_solo(self) -> None:
+        """Do from a thread what the event loop cannot while a task of the solo pool runs in it."""
+        check_s = min(BUDGET_CHECK_S, self.budget_s / 4)
+        check_at = time.monotonic()
+        while worker_state.should_terminate is None:
+            hands = tuple(transport._hands.values())
+            time.sleep(min([1.0, check_s, *(hand.lease_s / 3 for hand in hands)]))
+            for hand in hands:
+                hand.renew_apart()
+            if time.monotonic() >= check_at:
+                check_at = time.monotonic() + check_s
+                self.check()
 
 
 def end_stuck(reason: str) -> None:

@@ -308,9 +308,10 @@ def test_in_the_stock_fetch_parking_stays(place: Place) -> None:
     assert not any(world.held().values())
 
 
+@pytest.mark.parametrize("fetch", ["moved", "stock"])
 @side_by_side
-def test_a_pool_without_an_event_loop_is_refused_with_the_reason(place: Place) -> None:
-    world = place.world()
+def test_a_pool_without_an_event_loop_is_refused_with_the_reason(place: Place, fetch: str) -> None:
+    world = place.world(broker_transport_options={"fetch": fetch})
     pool = f"{behaviour.behaviour_app.__name__}:GreenPool"
     worker = world.worker(
         pool="custom", env={"CELERY_CUSTOM_WORKER_POOL": pool, "PYTHONPATH": str(ROOT)}, wait=False

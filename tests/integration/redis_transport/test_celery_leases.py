@@ -25,7 +25,7 @@ def all_end_once(world: World, marks: set[str], timeout_s: float = 40.0) -> None
     until(lambda: not any(world.held().values()), what="the last acknowledgement")
 
 
-@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("pool", [*POOLS, "solo"])
 @side_by_side
 def test_a_task_longer_than_the_lease_begins_once(place: Place, pool: str) -> None:
     world = place.world()
@@ -157,7 +157,7 @@ def test_a_stock_worker_beside_ours_is_left_alone_and_leaves_ours_alone(place: P
     assert not world.redis.hlen("unacked")
 
 
-@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("pool", [*POOLS, "solo"])
 @side_by_side
 def test_a_task_over_its_budget_ends_its_process_and_comes_back(place: Place, pool: str) -> None:
     world = place.world()
