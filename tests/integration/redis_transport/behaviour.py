@@ -179,13 +179,13 @@ class World:
             *("-P", pool, "-c", str(c)),
             *options,
         ]
-        environment = clean_env(
-            BEHAVIOUR_BROKER=self.url,
-            BEHAVIOUR_NOTES=str(self._notes),
-            BEHAVIOUR_TRANSPORT=transport,
-            BEHAVIOUR_CONF=json.dumps(self.conf | conf),
-            **(env or {}),
-        )
+        told = {
+            "BEHAVIOUR_BROKER": self.url,
+            "BEHAVIOUR_NOTES": str(self._notes),
+            "BEHAVIOUR_TRANSPORT": transport,
+            "BEHAVIOUR_CONF": json.dumps(self.conf | conf),
+        }
+        environment = clean_env(**(told | (env or {})))
         worker = self._stack.enter_context(Worker(self, name, argv, environment)).launch()
         return worker.wait_ready() if wait else worker
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import importlib.util
 import json
+import ssl
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,11 +23,12 @@ from celery import chain, chord, group
 from local.process import Process, clean_env, free_port
 
 from . import behaviour
-from .behaviour import BUSY_S, CELERY, OURS, ROOT, Place, World, children, ended, side_by_side, until
+from .behaviour import BUSY_S, CELERY, LEASE_S, OURS, ROOT, Place, World, children, ended, side_by_side, until
 
 server = behaviour.server
 running = behaviour.running
 
+TLS = Path(__file__).resolve().parents[1] / "tls"
 THREE = ("one", "two", "three")
 
 
@@ -332,6 +339,96 @@ def test_gevent_itself_is_refused_with_the_reason(place: Place) -> None:
     worker = world.worker(pool="gevent", wait=False)
     assert worker.wait(30) != 0
     assert "gevent and eventlet" in worker.text()
+
+
+@contextlib.contextmanager
+def tls_in_front_of(port: int) -> Iterator[int]:
+    """A port that speaks TLS and passes everything on: the embedded Valkey is built without it."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(TLS / "cert.pem", TLS / "key.pem")
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        behind, ahead = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(copy(reader, ahead), copy(behind, writer))
+
+    loop = asyncio.new_event_loop()
+    listener = loop.run_until_complete(asyncio.start_server(serve, "127.0.0.1", 0, ssl=context))
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        yield listener.sockets[0].getsockname()[1]
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(5)
+
+
+@side_by_side
+def test_over_tls_all_of_it_works_and_nothing_waits_for_a_timer(place: Place) -> None:
+    valkey, plain = place.own_world()
+    with tls_in_front_of(valkey.port) as port:
+        url = f"rediss://127.0.0.1:{port}/0?ssl_cert_reqs=required&ssl_ca_certs={TLS / 'cert.pem'}"
+        worker = plain.worker(env={"BEHAVIOUR_BROKER": url})
+        took = []
+        for number in range(5):  # one after the other: each wakes the idle worker by its blocking move
+            time.sleep(0.2)
+            sent_at = time.time()
+            plain.send("note", f"idle-{number}")
+            until(lambda number=number: plain.notes("began", f"idle-{number}"))
+            took.append(plain.notes("began", f"idle-{number}")[0]["at"] - sent_at)
+        assert sorted(took)[2] < 0.5, took
+        for number in range(100):
+            plain.send("note", number)
+        due = time.time() + 1
+        plain.send("note", "delayed", countdown=1)
+        assert ended(plain.send("again", "again", 1, 0.2)) == "again"
+        until(lambda: len(plain.notes("ended")) == 5 + 100 + 1 + 1)
+        assert plain.notes("began", "delayed")[0]["at"] - due < BUSY_S
+        assert inspect(plain).ping() == {"w1@test": {"ok": "pong"}}
+        plain.redis.client_kill_filter(_type="normal", skipme=True)
+        plain.send("note", "after")
+        until(lambda: plain.notes("ended", "after"))
+        assert worker.stop() == 0
+        assert not any(plain.held().values())
+
+
+@side_by_side
+def test_early_acknowledgements_are_written_when_a_task_begins(place: Place) -> None:
+    """acks_late=False: at most once, as Celery has it; what was not begun is kept all the same."""
+    world = place.world(task_acks_late=False)
+    first = world.worker("first", c=1, worker_prefetch_multiplier=3)
+    for mark in "abc":
+        world.send("note", mark, 60.0 if mark == "a" else 0.0)
+    until(lambda: world.notes("began", "a"))
+    until(lambda: sum(world.held().values()) == 2, BUSY_S)
+
+    first.kill()
+    world.worker("second", c=1)
+
+    until(lambda: {"b", "c"} <= set(world.marks("ended")), behaviour.BACK_S + 2 * LEASE_S + BUSY_S)
+    assert sorted(world.marks("began")) == ["a", "b", "c"]
+
+
+@side_by_side
+def test_a_worker_told_to_end_by_remote_control_gives_back_what_it_has_not_begun(place: Place) -> None:
+    world = place.world()
+    worker = world.worker(c=1, worker_prefetch_multiplier=3)
+    for mark in "abcd":
+        world.send("note", mark, 4.0)
+    until(lambda: world.notes("began", "a"))
+
+    world.app.control.shutdown()
+
+    until(lambda: world.length() == 3, BUSY_S)
+    assert worker.wait() == 0
+    assert world.marks("ended") == ["a"]
+    assert not any(world.held().values())
 
 
 def test_a_sentinel_url_is_refused_with_what_is_needed():
