@@ -11,7 +11,7 @@ export UV_SYSTEM_CERTS ?= true
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-check up down worker flower airflow trigger doctor status
+.PHONY: help demo demo-check up down worker flower airflow trigger doctor status parked quarantine
 .PHONY: test lint format types bench lock clean
 
 # Make would read a `$$` in them as its own; they go on as written, in the environment, never in a command.
@@ -62,6 +62,12 @@ trigger: $(READY)  ## start a run: DAG=daily_sales [CONF='{"region": "north"}'] 
 status: $(READY)  ## what became of a request: ID=…
 	@[ -n "$$STATUS_ID" ] || { echo 'of which request? make status ID=…' >&2; exit 64; }
 	@$(REDIS) exec $(VENV)/bin/dagrelay status -- "$$STATUS_ID"
+
+parked: $(READY)  ## what waits in Redis, the next due first
+	@$(REDIS) exec $(PY) -m tasks.redis_transport parked
+
+quarantine: $(READY)  ## messages that no worker could read
+	@$(REDIS) exec $(PY) -m tasks.redis_transport quarantine list
 
 doctor: $(READY)  ## the effective settings, with every dependency tried
 	@$(REDIS) exec $(VENV)/bin/dagrelay doctor

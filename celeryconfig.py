@@ -26,10 +26,12 @@ result_backend = "tasks.results:RecordedBackend+" + broker_url
 # The record of a request and its result are one write: see tasks/results.py.
 
 broker_transport_options = {
-    # A message whose worker died comes back after this long; longer than any single attempt
-    # (connect 3 s + read 10 s, three requests), shorter than an operator's patience.
+    # The lease of a worker process: renewed while it lives, so it may be short. What a dead worker held
+    # comes back after this long, and a sixth of it more at the most.
     "visibility_timeout": _settings.visibility_timeout_s,
-    # kombu looks for such messages every 10 × 10 s by default.
+    "namespace": "dagrelay",  # of the transport's own keys; see tasks/redis_transport
+    "fetch": _settings.fetch,  # "stock" is kombu's way to fetch and acknowledge; parking stays ours
+    # For the stock fetch: kombu looks for such messages every 10 × 10 s by default.
     "unacked_restore_interval": 1,
     "unacked_restore_throttle": 1,
     # Own names: under kombu's defaults our short timeout would run the tasks of other Celery apps in
@@ -53,7 +55,10 @@ broker_connection_max_retries = None  # a worker outlives any outage of Redis
 task_queues = [
     Queue(name, Exchange(name), routing_key=name) for name in (QUEUE_TRIGGERS, QUEUE_JOBS, QUEUE_LOOKS)
 ]
-task_routes = {TRIGGER_DAG: QUEUE_TRIGGERS, POLL_EXTERNAL_JOB: QUEUE_JOBS}  # by name: hosts have a `tasks` too
+task_routes = {
+    TRIGGER_DAG: QUEUE_TRIGGERS,
+    POLL_EXTERNAL_JOB: QUEUE_JOBS,
+}  # by name: hosts have a `tasks` too
 # What is not ours, a chord's body or a callback of a host's, goes where its signature says, else to Celery's
 # own default, on which the host's workers listen; on a queue of ours it would be lost as unknown.
 task_default_queue = "celery"
@@ -70,7 +75,7 @@ task_send_sent_event = False  # one more event for each task, and it says nothin
 task_track_started = False
 
 worker_pool = "threads"  # a worker waits for HTTP: a thread costs 0.1 MB for it, a process 60
-# `-P processes` asks for Celery's prefork pool: `-P prefork` reads as the option's default, and loses to this.
+# `-P processes` asks for Celery's prefork pool: `-P prefork` reads as the option's default, and this wins.
 worker_concurrency = _settings.concurrency
 worker_prefetch_multiplier = 1  # what one worker holds back, another could do
 worker_send_task_events = True  # what Flower shows

@@ -68,6 +68,10 @@ class Valkey:
     def alive(self) -> bool:
         return self._process is not None and self._process.alive
 
+    def command(self) -> tuple[list[str], dict[str, str] | None]:
+        """The program with its first arguments, and its environment (None: ours)."""
+        return [str(get_binary_path())], None
+
     def failure(self, what: str) -> PartFailed:
         return self._process.failure(what) if self._process else PartFailed(f"valkey: {what}")
 
@@ -98,10 +102,10 @@ class Valkey:
             "maxmemory-policy": "noeviction",
             "daemonize": "no",
         } | self.config
-        argv = [str(get_binary_path())]
+        argv, env = self.command()
         for name, value in settings.items():
             argv += [f"--{name}", value]
-        process = Process(argv, log=self.log, cwd=self.data, name="valkey")
+        process = Process(argv, log=self.log, cwd=self.data, env=env, name="valkey")
         try:
             process.wait_until(
                 lambda: ready(port, process.pid),

@@ -24,7 +24,7 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
-from .contract import HOP_S, QUEUE_TRIGGERS, TRIGGER_DAG, Asked, TriggerRequest
+from .contract import QUEUE_TRIGGERS, TRIGGER_DAG, Asked, TriggerRequest
 from .errors import BrokerUnavailable, ConfigurationError, DagrelayError, InvalidRequest
 from .handle import Handle
 from .settings import ProducerSettings, read_settings
@@ -135,8 +135,7 @@ class RelayClient:
                 callbacks=_signatures(link, "link"),
                 errbacks=_signatures(link_error, "link_error"),
                 kwargsrepr=request.shown_with(run_id),
-                eta=_iso(now + min(delay_s, HOP_S)) if delay_s else None,
-                not_before=now + delay_s if delay_s > HOP_S else None,
+                eta=_iso(now + delay_s) if delay_s else None,
                 expires=_iso(_expires_at(now, expires)) if expires is not None else None,
                 priority=priority,
                 origin=self.settings.client_name,
@@ -209,7 +208,6 @@ def _envelope(
     errbacks: list[Signature[Any]] | None,
     kwargsrepr: str,
     eta: str | None,
-    not_before: float | None,
     expires: str | None,
     priority: int,
     origin: str,
@@ -230,7 +228,6 @@ def _envelope(
             "task": _quoted(task),
             "id": _quoted(task_id),
             "eta": _quoted(eta) if eta else "null",
-            "not_before": repr(not_before) if not_before else "null",
             "expires": _quoted(expires) if expires else "null",
             "kwargsrepr": _quoted(kwargsrepr),
             "origin": _quoted(origin),
@@ -260,7 +257,6 @@ _ENVELOPE: Final = re.sub(
                 "id": "%(id)s",
                 "shadow": None,
                 "eta": "%(eta)s",
-                "not_before": "%(not_before)s",
                 "expires": "%(expires)s",
                 "group": None,
                 "group_index": None,

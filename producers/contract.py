@@ -64,10 +64,6 @@ MAX_NOTE_LENGTH: Final = 700
 
 GIVE_UP_AFTER_S: Final = 86_400.0
 
-HOP_S: Final = 25.0
-"""How long a worker holds a message that is not due yet: less than half the default visibility timeout,
-after which Redis would deliver it a second time. A longer wait is done in hops, by the header
-``not_before`` (seconds since 1970)."""
 
 _RUN_ID = re.compile(r"[A-Za-z0-9_.~:+-]+\Z")
 # Airflow's own prefixes: the API answers 400 to a run id that begins with one of them.

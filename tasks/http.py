@@ -24,7 +24,6 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from http.cookiejar import DefaultCookiePolicy
 from typing import TYPE_CHECKING, Any, Final, Protocol
 from urllib.parse import urlsplit
 
@@ -50,6 +49,17 @@ MAX_ANSWER_BYTES: Final = 32_000_000
 MAX_IDLE_S: Final = 4.0
 """Kept-alive connections unused for longer are opened anew: many servers close theirs after 5 s, and a
 request that meets the closing is one of which nobody knows whether it was done."""
+
+SLACK_S: Final = 0.05
+"""How much later than its deadline an exchange may be given up."""
+
+_HEADERS: Final = {
+    "User-Agent": "dagrelay",
+    "Accept": "application/json",
+    # Compressing costs the API server more than the network gains.
+    "Accept-Encoding": "identity",
+    "Connection": "keep-alive",
+}
 
 _PATH = re.compile(r"/[!-~]*\Z")
 
@@ -129,7 +139,7 @@ class HttpSender:
         parts = urlsplit(self.base_url)
         self._server = parts.netloc.rpartition("@")[2]
         self._lock = threading.Lock()
-        self._session: requests.Session | None = None
+        self._channel: _Channel | None = None
         if verify is False and parts.scheme == "https":
             urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)  # said once, here, instead
             log.warning("TLS certificates are not verified server=%s", self._server)
@@ -156,23 +166,33 @@ class HttpSender:
         read_timeout_s = request.timeout_s if request.timeout_s is not None else self.read_timeout_s
         _exchange.begin(self.connect_timeout_s, read_timeout_s)
         try:
-            with self._current_session().request(
+            channel = self._current_channel()
+            answer = channel.pool.urlopen(
                 request.method,
-                self.base_url + request.path,
-                headers=dict(request.headers),
-                data=request.body,
-                timeout=(self.connect_timeout_s, read_timeout_s),
-                allow_redirects=False,
-                stream=True,
-            ) as response:
-                body = _read(response.raw)
-                headers = {name.lower(): value for name, value in response.headers.items()}
-                return HttpResponse(response.status_code, headers, body)
+                channel.prefix + request.path,
+                body=request.body,
+                headers={**_HEADERS, **request.headers},
+                retries=channel.retries,
+                timeout=urllib3.Timeout(connect=self.connect_timeout_s, read=read_timeout_s),
+                redirect=False,
+                assert_same_host=False,
+                preload_content=False,
+                decode_content=False,
+            )
+            try:
+                body = _read(answer)
+            except BaseException:
+                answer.close()
+                raise
+            answer.release_conn()
+            headers = {name.lower(): value for name, value in answer.headers.items()}
+            return HttpResponse(answer.status, headers, body)
         except (
             requests.RequestException,
             urllib3.exceptions.HTTPError,
             http.client.HTTPException,
             OSError,
+            ValueError,  # a header that cannot be sent: http.client's own check
         ) as exc:
             # Without the cause: its text and arguments hold the URL, a header, even the proxy's password.
             raise NoAnswer(f"{self._server}: {self._reason(exc, read_timeout_s)}", _exchange.sent) from None
@@ -180,43 +200,40 @@ class HttpSender:
     def close(self) -> None:
         """Close the connections that are not in use. The sender can be used again."""
         with self._lock:
-            session, self._session = self._session, None
-        if session is not None:
-            session.close()
+            channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.adapter.close()
 
     def after_fork(self) -> None:
         """Forget the parent's connections: two processes on one socket would read each other's answers."""
         self._lock = threading.Lock()
-        self._session = None
+        self._channel = None
 
-    def _current_session(self) -> requests.Session:
-        session = self._session
-        if session is None:
+    def _current_channel(self) -> _Channel:
+        channel = self._channel
+        if channel is None:
             with self._lock:
-                session = self._session
-                if session is None:
-                    session = self._session = self._new_session()
-        return session
+                channel = self._channel
+                if channel is None:
+                    channel = self._channel = self._new_channel()
+        return channel
 
-    def _new_session(self) -> requests.Session:
-        session = requests.Session()
+    def _new_channel(self) -> _Channel:
+        """Find the way to the server as requests finds it, once: it does so for each request.
+
+        That was two thirds of what a request costs. It also reads the environment for each, and would take
+        credentials from .netrc instead of ours.
+        """
         adapter = _Adapter(pool_connections=1, pool_maxsize=self.pool_size, pool_block=True, max_retries=0)
-        session.mount("http://", adapter)
-        session.mount("https://", adapter)
-        # The environment is read here, once: by itself requests does it for each request, a third of what a
-        # request costs, and would take credentials from .netrc instead of ours.
-        found = session.merge_environment_settings(self.base_url, {}, True, self.verify, None)
-        session.proxies, session.verify, session.trust_env = found["proxies"], found["verify"], False
-        session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-        session.headers.update(
-            {
-                "User-Agent": "dagrelay",
-                "Accept": "application/json",
-                # Compressing costs the API server more than the network gains.
-                "Accept-Encoding": "identity",
-            }
-        )
-        return session
+        with requests.Session() as session:
+            found = session.merge_environment_settings(self.base_url, {}, True, self.verify, None)
+        anything = requests.Request("GET", self.base_url + "/").prepare()
+        proxies, verify = found["proxies"], found["verify"]
+        pool = adapter.get_connection_with_tls_context(anything, verify, proxies=proxies)
+        adapter.cert_verify(pool, anything.url, verify, None)  # type: ignore[no-untyped-call]
+        # The path only, but for a proxy that is to fetch a plain http:// address: there it is the whole URL.
+        prefix = adapter.request_url(anything, proxies).removesuffix("/")
+        return _Channel(adapter, pool, prefix, adapter.max_retries)
 
     def _reason(self, exc: BaseException, read_timeout_s: float) -> str:
         for cause in _chain(exc):
@@ -265,6 +282,16 @@ def _chain(exc: BaseException) -> Iterator[BaseException]:
     return reversed(found)
 
 
+@dataclass(frozen=True, slots=True)
+class _Channel:
+    """The way to the server: a pool of connections, and what stands before a path."""
+
+    adapter: HTTPAdapter
+    pool: Any
+    prefix: str
+    retries: urllib3.Retry
+
+
 class _TooLarge(urllib3.exceptions.HTTPError):
     pass
 
@@ -307,6 +334,17 @@ def _left_s(deadline: float) -> float:
     return left
 
 
+def _limit(sock: socket.socket, left_s: float) -> None:
+    """Have a socket wait for `left_s` at most, or for SLACK_S more where that is how it stands already.
+
+    Setting it costs a system call, for which the thread lets go of the interpreter, and has to get it
+    back from all the others.
+    """
+    set_s = sock.gettimeout()
+    if set_s is None or not left_s <= set_s < left_s + SLACK_S:
+        sock.settimeout(left_s)
+
+
 class _Receiving(io.RawIOBase):
     """A socket's reading end that stops at one deadline, however many packets come before it."""
 
@@ -318,7 +356,7 @@ class _Receiving(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        self._sock.settimeout(_left_s(self._deadline))
+        _limit(self._sock, _left_s(self._deadline))
         return self._raw.readinto(buffer)
 
     def close(self) -> None:
@@ -339,6 +377,7 @@ class _Watched(HTTPConnection):
     response_class = _Answer
     _connecting = False
     _used_at = 0.0
+    _pieces: list[bytes] | None = None
 
     @property
     def is_connected(self) -> bool:
@@ -353,13 +392,26 @@ class _Watched(HTTPConnection):
             self._connecting = False
         self._used_at = time.monotonic()
 
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        """Send a request in one piece, head and body: one packet, and one wait of this thread, fewer."""
+        pieces: list[bytes] = []
+        self._pieces = pieces
+        try:
+            super().request(*args, **kwargs)
+        finally:
+            self._pieces = None
+        self.send(b"".join(pieces))
+
     def send(self, data: Any) -> None:
+        if self._pieces is not None and not self._connecting and isinstance(data, bytes):
+            self._pieces.append(data)
+            return
         if self.sock is None:
             self.connect()
         if not self._connecting and not _exchange.sent:
             _exchange.sent = True
             _exchange.deadline = time.monotonic() + _exchange.read_timeout_s
-        self.sock.settimeout(_exchange.left_s())
+        _limit(self.sock, _exchange.left_s())
         super().send(data)
 
     def getresponse(self) -> urllib3.HTTPResponse:  # type: ignore[override]  # as urllib3 has it

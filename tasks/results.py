@@ -30,9 +30,11 @@ class NotHandedOver(Reject):
     A Reject, because Celery lets only that pass from every place where it writes something.
     """
 
-    def __init__(self, reason: str = "", requeue: bool = True) -> None:
+    def __init__(self, reason: str = "", requeue: bool = True, by_itself: bool = False) -> None:
         super().__init__(reason, requeue=True)
         self.reason = reason
+        self.by_itself = by_itself
+        """Whether the message may be the reason, and not Redis: it is not to come back for ever."""
 
 
 _STATES: dict[str, State] = {
@@ -94,7 +96,7 @@ class RecordedBackend(RedisBackend):
     ) -> bool:
         """Write a result and its record in one step; tell whether it changed anything."""
         state, result = _STATES[meta["status"]], meta["result"]
-        found = _of_request(request) | _of_outcome(state, result)
+        found = _of_request(request, result) | _of_outcome(state, result)
         next_in_s = 0.0
         if state == "waiting":
             found = {name: value for name, value in found.items() if not name.startswith("error")}
@@ -138,7 +140,7 @@ def _cancelled_unsure(found: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _of_request(request: Any) -> dict[str, str]:
+def _of_request(request: Any, result: Any) -> dict[str, str]:
     """Return what a request says of itself: it begins the record of one that came past our door."""
     kwargs = getattr(request, "kwargs", None)
     if request is None or not isinstance(kwargs, dict):
@@ -148,6 +150,9 @@ def _of_request(request: Any) -> dict[str, str]:
         for name in ("dag_id", "key", "connection"):
             if isinstance(kwargs.get(name), str):
                 found[name] = kwargs[name][:512]
+        if isinstance(result, dict) and isinstance(result.get("dag_run_id"), str):
+            found["dag_run_id"] = result["dag_run_id"]  # the same: the run was asked for by it
+            return {name: value for name, value in found.items() if value}
         with suppress(TypeError, ValueError):  # an invalid message has no run id, and ends for that reason
             found["dag_run_id"] = TriggerRequest.from_message(kwargs).run_id_for(request.id)
     return {name: value for name, value in found.items() if value}

@@ -20,7 +20,9 @@ class WorkerSettings:
     redis_url: str = field(repr=False)
     connections: Mapping[str, AirflowConnection]
     concurrency: int = 16
-    visibility_timeout_s: float = 60.0
+    visibility_timeout_s: float = 30.0
+    fetch: str = "moved"
+    """How messages are fetched from Redis: "moved", our transport's way, or "stock", kombu's."""
     result_ttl_s: int = 86_400
     log_level: str = "INFO"
     missing_grace_s: float = 60.0
@@ -50,6 +52,11 @@ def _redis_url(environ: Mapping[str, str], mistakes: list[str]) -> str:
     if not url:
         mistakes.append(
             "DAGRELAY_REDIS_URL is not set: give the Redis to work from, e.g. redis://host:6379/0"
+        )
+    elif url.startswith("sentinel://"):
+        mistakes.append(
+            "DAGRELAY_REDIS_URL is a Sentinel URL, and workers speak to one Redis: give the address of its "
+            "primary, or of a proxy that follows it, as redis://[user:password@]host:port/db, or rediss://"
         )
     elif not url.startswith(("redis://", "rediss://")):
         mistakes.append(
@@ -83,11 +90,15 @@ def read_settings(environ: Mapping[str, str]) -> WorkerSettings:
     level = environ.get("DAGRELAY_LOG_LEVEL", "INFO").upper()
     if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         mistakes.append(f"DAGRELAY_LOG_LEVEL is {level[:20]!r}: give DEBUG, INFO, WARNING or ERROR")
+    fetch = environ.get("DAGRELAY_FETCH", "moved")
+    if fetch not in ("moved", "stock"):
+        mistakes.append(f"DAGRELAY_FETCH is {fetch[:20]!r}: give moved or stock")
     settings = WorkerSettings(
+        fetch=fetch,
         redis_url=redis_url,
         connections=connections,
         concurrency=int(_number(environ, "DAGRELAY_WORKER_CONCURRENCY", 16, 1, 512, mistakes)),
-        visibility_timeout_s=_number(environ, "DAGRELAY_VISIBILITY_TIMEOUT_S", 60, 3, 3600, mistakes),
+        visibility_timeout_s=_number(environ, "DAGRELAY_VISIBILITY_TIMEOUT_S", 30, 3, 3600, mistakes),
         result_ttl_s=int(_number(environ, "DAGRELAY_RESULT_TTL_S", 86_400, 60, 30 * 86_400, mistakes)),
         log_level=level,
         missing_grace_s=_number(environ, "DAGRELAY_MISSING_GRACE_S", 60, 0, 86_400, mistakes),

@@ -1,0 +1,28 @@
+"""Both servers that the transport is for: Valkey 9.1 and Debian's Redis 7.0."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from local.process import PartFailed
+from local.redis7 import Redis7, ensure
+from local.valkey import Valkey
+from tests.parts import need
+
+
+@pytest.fixture(scope="module", params=["valkey", "redis7"])
+def either(request: pytest.FixtureRequest) -> Iterator[Valkey]:
+    """One server for the tests of a module; each clears what it needs cleared."""
+    kind: type[Valkey] = Valkey
+    if request.param == "redis7":
+        missing = ""
+        try:
+            ensure()
+        except PartFailed as exc:
+            missing = str(exc)
+        need("Debian's Redis 7.0", not missing, missing)
+        kind = Redis7
+    with kind(config={"appendonly": "no", "databases": "200"}) as server:
+        yield server
