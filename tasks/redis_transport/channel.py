@@ -16,6 +16,7 @@ release of kombu changes one of them):
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -60,9 +61,6 @@ the most. What is known to be due before the next look is moved on time (see `Pu
 
 BATCH_DELAY_S: Final = 0.002
 """How long a worker with some messages in work waits for more credit before it claims again."""
-
-AT_ONCE_S: Final = 0.0005
-"""Soon enough for "at once", and long enough for the loop to look at its sockets in between."""
 
 MOST_A_CLAIM: Final = 200
 MOST_A_MOVE: Final = 1000
@@ -206,6 +204,40 @@ class Move:
         self.close()
 
 
+class Waker:
+    """A pipe that ends the wait of an event loop.
+
+    kombu's loop measures how long it may wait before it calls us in each of its turns, so a timer that is set
+    in a tick does not end the wait after it. And where it has nothing to read from (no remote control, and no
+    blocking move while there is more to claim), it does not wait for anything but sleeps for 0.1 s.
+    """
+
+    def __init__(self, loop: Any) -> None:
+        self._loop = loop
+        self._out, self._in = os.pipe()
+        for fd in (self._out, self._in):
+            os.set_blocking(fd, False)
+        loop.add_reader(self._out, self._drain)
+
+    def wake(self) -> None:
+        """End the wait that is going on, or the next one."""
+        with suppress(BlockingIOError):  # full of such wishes
+            os.write(self._in, b".")
+
+    def _drain(self) -> None:
+        with suppress(BlockingIOError):
+            os.read(self._out, 4096)
+
+    def close(self) -> None:
+        if self._out < 0:
+            return
+        with suppress(KeyError, ValueError, OSError):  # the loop was reset
+            self._loop.remove(self._out)
+        os.close(self._out)
+        os.close(self._in)
+        self._out = self._in = -1
+
+
 class Feeder:
     """Serves the queues of one channel: claims what its credit allows, and blocks where there is nothing."""
 
@@ -222,6 +254,7 @@ class Feeder:
         self.refused_until = 0.0
         self.closed = False
         self.since = time.monotonic()
+        self.waker = Waker(loop)
         self.hand.on_leave.add(self)
         if register_after_fork is not None:
             register_after_fork(self, Feeder._after_fork)
@@ -267,7 +300,7 @@ class Feeder:
                 self.claim(credit)
                 if self.more and self.channel.qos.credit():
                     # What was claimed has been parked or put aside: no task's end will wake the loop for more.
-                    self.loop.call_later(AT_ONCE_S, _nothing)
+                    self.waker.wake()
         elif self.hand.has_acks:
             self.hand.flush()
         if self.refused_until and time.monotonic() >= self.refused_until:
@@ -290,7 +323,8 @@ class Feeder:
         now = time.monotonic()
         if not self.waiting_since:
             self.waiting_since = now
-            self.loop.call_later(BATCH_DELAY_S, _nothing)  # wakes the loop, which calls tick
+            self.loop.call_later(BATCH_DELAY_S, _nothing)  # ends the wait of the loop, which calls tick
+            self.waker.wake()  # the wait that is about to begin was measured before
             return False
         if now - self.waiting_since < BATCH_DELAY_S:
             return False
@@ -384,6 +418,7 @@ class Feeder:
             except (RedisError, OSError):
                 move.close()
         self.moves.clear()
+        self.waker.close()
         self.pool.disconnect()
 
 
