@@ -299,7 +299,7 @@ class Feeder:
             if self._worth_it(credit):
                 self.claim(credit)
                 if self.more and self.channel.qos.credit():
-                    # What was claimed has been parked or put aside: no task's end will wake the loop for more.
+                    # What was claimed has been parked or put aside: no task's end will wake the loop.
                     self.waker.wake()
         elif self.hand.has_acks:
             self.hand.flush()
