@@ -4,7 +4,8 @@ What of kombu is replaced, and why, place by place (`tests/unit/redis_transport/
 release of kombu changes one of them):
 
 - `Channel.active_queues` is empty for kombu's poller, so that it sends no BRPOP and restores nothing by its
-  own clock; the `Feeder` serves the queues. Fanout (remote control) stays kombu's.
+  own clock; the `Feeder` serves the queues. Fanout (remote control) stays kombu's, and so do queues without
+  acknowledgement (the replies to remote control).
 - `Channel.QoS` keeps no messages and restores none when a channel closes: the `Hand` of the process does.
 - `Channel._put` parks what is not due yet. Everything else is published as kombu does.
 - `Channel._create_client` made a client object for every command, a quarter of a worker's CPU: it is kept.
@@ -542,6 +543,7 @@ class Channel(kombu_redis.Channel):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._kept_client: Any = None
         self.feeder: Feeder | None = None
+        self._no_ack_queues: set[str] = set()
         self.pump: Pump | None = None
         self._hand: Hand | None = None
         super().__init__(*args, **kwargs)
@@ -596,9 +598,12 @@ class Channel(kombu_redis.Channel):
 
     @property
     def active_queues(self) -> list[str]:
-        """The queues that kombu's poller is to serve: none, but in the stock fetch."""
+        """The queues that kombu's poller is to serve: all in the stock fetch, else those not acknowledged.
+
+        Such are workers' replies to each other (mingle asks when a worker starts, before its loop runs).
+        """
         queues: list[str] = kombu_redis.Channel.active_queues.fget(self)
-        return queues if self.stock else []
+        return queues if self.stock else [queue for queue in queues if queue in self._no_ack_queues]
 
     @property
     def fed_queues(self) -> list[str]:
@@ -606,7 +611,11 @@ class Channel(kombu_redis.Channel):
         if self.stock:
             return []
         queues: list[str] = kombu_redis.Channel.active_queues.fget(self)
-        return queues
+        return [queue for queue in queues if queue not in self._no_ack_queues]
+
+    def basic_consume(self, queue: str, no_ack: bool, *args: Any, **kwargs: Any) -> Any:
+        (self._no_ack_queues.add if no_ack else self._no_ack_queues.discard)(queue)
+        return super().basic_consume(queue, no_ack, *args, **kwargs)
 
     def _update_queue_cycle(self) -> None:
         super()._update_queue_cycle()
@@ -746,7 +755,8 @@ class Cycle(kombu_redis.MultiChannelPoller):
     def on_poll_start(self) -> None:
         super().on_poll_start()
         for channel in tuple(self._channels):
-            if channel._active_queues and channel.pump is None and self.loop is not None:
+            served = channel.active_queues if channel.stock else channel.fed_queues
+            if served and channel.pump is None and self.loop is not None:
                 channel.feed(self.loop)
             if channel.feeder is not None:
                 channel.feeder.tick()
