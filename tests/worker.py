@@ -15,7 +15,8 @@ CELERY = ROOT / ".venv" / "bin" / "celery"
 class Worker:
     """`celery -A tasks worker` in a process of its own, with its own log; `with Worker(...) as worker:`.
 
-    `connections` maps connection ids to AIRFLOW_CONN_ values. It is ready when `__enter__` returns.
+    `connections` maps connection ids to AIRFLOW_CONN_ values. `alone=False` has it speak with other workers,
+    as one by `make worker` does. It is ready when `__enter__` returns.
     """
 
     def __init__(
@@ -26,20 +27,14 @@ class Worker:
         connections: dict[str, str] | None = None,
         name: str = "w1",
         options: tuple[str, ...] = (),
+        alone: bool = True,
         **env: str,
     ) -> None:
         self.log = folder / f"{name}.log"
         self._argv = [
-            *(
-                str(CELERY),
-                "-A",
-                "tasks",
-                "worker",
-                "-n",
-                f"{name}@%h",
-                "--without-mingle",
-                "--without-gossip",
-            ),
+            *(str(CELERY), "-A", "tasks", "worker", "-n", f"{name}@%h"),
+            # To ask the others takes a second when a worker starts.
+            *(("--without-mingle", "--without-gossip") if alone else ()),
             *options,
         ]
         self._env = clean_env(

@@ -4,7 +4,8 @@ What of kombu is replaced, and why, place by place (`tests/unit/redis_transport/
 release of kombu changes one of them):
 
 - `Channel.active_queues` is empty for kombu's poller, so that it sends no BRPOP and restores nothing by its
-  own clock; the `Feeder` serves the queues. Fanout (remote control) stays kombu's.
+  own clock; the `Feeder` serves the queues. Fanout (remote control) stays kombu's, and so do queues without
+  acknowledgement (the replies to remote control).
 - `Channel.QoS` keeps no messages and restores none when a channel closes: the `Hand` of the process does.
 - `Channel._put` parks what is not due yet. Everything else is published as kombu does.
 - `Channel._create_client` made a client object for every command, a quarter of a worker's CPU: it is kept.
@@ -16,6 +17,7 @@ release of kombu changes one of them):
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -60,9 +62,6 @@ the most. What is known to be due before the next look is moved on time (see `Pu
 
 BATCH_DELAY_S: Final = 0.002
 """How long a worker with some messages in work waits for more credit before it claims again."""
-
-AT_ONCE_S: Final = 0.0005
-"""Soon enough for "at once", and long enough for the loop to look at its sockets in between."""
 
 MOST_A_CLAIM: Final = 200
 MOST_A_MOVE: Final = 1000
@@ -206,6 +205,40 @@ class Move:
         self.close()
 
 
+class Waker:
+    """A pipe that ends the wait of an event loop.
+
+    kombu's loop measures how long it may wait before it calls us in each of its turns, so a timer that is set
+    in a tick does not end the wait after it. And where it has nothing to read from (no remote control, and no
+    blocking move while there is more to claim), it does not wait for anything but sleeps for 0.1 s.
+    """
+
+    def __init__(self, loop: Any) -> None:
+        self._loop = loop
+        self._out, self._in = os.pipe()
+        for fd in (self._out, self._in):
+            os.set_blocking(fd, False)
+        loop.add_reader(self._out, self._drain)
+
+    def wake(self) -> None:
+        """End the wait that is going on, or the next one."""
+        with suppress(BlockingIOError):  # full of such wishes
+            os.write(self._in, b".")
+
+    def _drain(self) -> None:
+        with suppress(BlockingIOError):
+            os.read(self._out, 4096)
+
+    def close(self) -> None:
+        if self._out < 0:
+            return
+        with suppress(KeyError, ValueError, OSError):  # the loop was reset
+            self._loop.remove(self._out)
+        os.close(self._out)
+        os.close(self._in)
+        self._out = self._in = -1
+
+
 class Feeder:
     """Serves the queues of one channel: claims what its credit allows, and blocks where there is nothing."""
 
@@ -222,6 +255,7 @@ class Feeder:
         self.refused_until = 0.0
         self.closed = False
         self.since = time.monotonic()
+        self.waker = Waker(loop)
         self.hand.on_leave.add(self)
         if register_after_fork is not None:
             register_after_fork(self, Feeder._after_fork)
@@ -267,7 +301,7 @@ class Feeder:
                 self.claim(credit)
                 if self.more and self.channel.qos.credit():
                     # What was claimed has been parked or put aside: no task's end will wake the loop.
-                    self.loop.call_later(AT_ONCE_S, _nothing)
+                    self.waker.wake()
         elif self.hand.has_acks:
             self.hand.flush()
         if self.refused_until and time.monotonic() >= self.refused_until:
@@ -290,7 +324,8 @@ class Feeder:
         now = time.monotonic()
         if not self.waiting_since:
             self.waiting_since = now
-            self.loop.call_later(BATCH_DELAY_S, _nothing)  # wakes the loop, which calls tick
+            self.loop.call_later(BATCH_DELAY_S, _nothing)  # ends the wait of the loop, which calls tick
+            self.waker.wake()  # the wait that is about to begin was measured before
             return False
         if now - self.waiting_since < BATCH_DELAY_S:
             return False
@@ -384,6 +419,7 @@ class Feeder:
             except (RedisError, OSError):
                 move.close()
         self.moves.clear()
+        self.waker.close()
         self.pool.disconnect()
 
 
@@ -507,6 +543,7 @@ class Channel(kombu_redis.Channel):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._kept_client: Any = None
         self.feeder: Feeder | None = None
+        self._no_ack_queues: set[str] = set()
         self.pump: Pump | None = None
         self._hand: Hand | None = None
         super().__init__(*args, **kwargs)
@@ -561,9 +598,12 @@ class Channel(kombu_redis.Channel):
 
     @property
     def active_queues(self) -> list[str]:
-        """The queues that kombu's poller is to serve: none, but in the stock fetch."""
+        """The queues that kombu's poller is to serve: all in the stock fetch, else those not acknowledged.
+
+        Such are workers' replies to each other (mingle asks when a worker starts, before its loop runs).
+        """
         queues: list[str] = kombu_redis.Channel.active_queues.fget(self)
-        return queues if self.stock else []
+        return queues if self.stock else [queue for queue in queues if queue in self._no_ack_queues]
 
     @property
     def fed_queues(self) -> list[str]:
@@ -571,7 +611,11 @@ class Channel(kombu_redis.Channel):
         if self.stock:
             return []
         queues: list[str] = kombu_redis.Channel.active_queues.fget(self)
-        return queues
+        return [queue for queue in queues if queue not in self._no_ack_queues]
+
+    def basic_consume(self, queue: str, no_ack: bool, *args: Any, **kwargs: Any) -> Any:
+        (self._no_ack_queues.add if no_ack else self._no_ack_queues.discard)(queue)
+        return super().basic_consume(queue, no_ack, *args, **kwargs)
 
     def _update_queue_cycle(self) -> None:
         super()._update_queue_cycle()
@@ -711,7 +755,8 @@ class Cycle(kombu_redis.MultiChannelPoller):
     def on_poll_start(self) -> None:
         super().on_poll_start()
         for channel in tuple(self._channels):
-            if channel._active_queues and channel.pump is None and self.loop is not None:
+            served = channel.active_queues if channel.stock else channel.fed_queues
+            if served and channel.pump is None and self.loop is not None:
                 channel.feed(self.loop)
             if channel.feeder is not None:
                 channel.feeder.tick()

@@ -3,6 +3,9 @@
 - A revoke also reaches a task that is parked: it is marked and sent on, so that Celery itself ends it, at
   once, whichever worker gets it, and also if every worker is started again meanwhile.
 - A message that is parked when it is claimed is announced to Flower, once, as received.
+- While a worker ends, its lease is kept as long as its tasks run, and what it has not begun is given back at
+  once; the same lease is kept while a task of the solo pool holds up the event loop.
+- What the thread pool drops, because its end could not be written, is given back.
 - A task that runs for longer than its budget ends the process, loudly, instead of being renewed for ever.
 - A pool without an event loop is refused at the start, with the reason.
 """
@@ -19,6 +22,7 @@ from functools import partial
 from typing import Any, Final
 
 from celery import Celery, bootsteps, signals
+from celery.concurrency.prefork import _run_ready_callbacks as run_acknowledgements
 from celery.concurrency.solo import TaskPool as SoloPool
 from celery.exceptions import ImproperlyConfigured
 from celery.utils.log import get_logger
@@ -28,6 +32,7 @@ from celery.worker.request import Request
 
 from . import channel as transport
 from . import register
+from .hand import LEAVE_S
 from .messages import Readable
 
 log = get_logger("redis_transport")
@@ -95,9 +100,16 @@ class Leave(bootsteps.StartStopStep):
     def stop(self, worker: Any) -> None:
         _leave()
         executor = getattr(worker.pool, "executor", None)
-        if executor is not None:
-            # The thread pool does the same next, and keeps the last of them in a variable while it waits.
-            executor.shutdown(wait=False, cancel_futures=True)
+        if executor is None:
+            return
+        # The thread pool does the same next; but it keeps the last of them in a variable while it waits. And
+        # in a cold shutdown it does not wait, though its threads cannot be ended: their acknowledgements,
+        # which Celery leaves to the event loop, would never be done. (Its prefork pool does them like this.)
+        executor.shutdown(wait=False, cancel_futures=True)
+        while any(thread.is_alive() for thread in tuple(executor._threads)):
+            if worker.hub is not None:
+                run_acknowledgements(worker.hub)
+            time.sleep(LEAVE_S)
 
     def terminate(self, worker: Any) -> None:
         self.stop(worker)

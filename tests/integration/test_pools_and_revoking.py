@@ -27,6 +27,15 @@ def test_every_pool_makes_one_run_of_a_lost_answer(pool, relay, airflow, start_w
     assert list(airflow.runs) == [RUN]
 
 
+def test_workers_that_speak_with_each_other_start_and_work(relay, airflow, start_worker, stock):
+    """mingle and gossip are on by default: a worker asks the others when it starts, before its loop runs."""
+    start_worker(name="w1", alone=False)
+    start_worker(name="w2", alone=False)
+
+    assert relay.enqueue(SALES).get(timeout=30).created
+    assert len(stock.control.ping(timeout=2)) == 2
+
+
 def test_a_killed_child_leaves_its_message_to_the_lease(relay, airflow, start_worker):
     """prefork: the pool's process is killed (as by the kernel, out of memory) in the midst of a trigger."""
     import os

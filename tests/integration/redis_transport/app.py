@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from celery import Celery
+from celery import Celery, signals
 
 ROOT = Path(__file__).resolve().parents[3]
 if __name__ == "__main__":
@@ -43,10 +43,12 @@ app.conf.update(
 )
 
 
+notes = -1
+
+
 def note(line: str) -> None:
     """Write down that something ran, where a kill does not lose it."""
-    with open(os.environ["CRASH_NOTES"], "a", encoding="utf-8") as file:  # noqa: PTH123 - O_APPEND, one write
-        file.write(line + "\n")
+    os.write(notes, f"{line}\n".encode())  # one write at the end of the file
 
 
 @app.task(name="plain")
@@ -66,6 +68,24 @@ def again(self: Any, name: str) -> None:
 def follow(name: str) -> None:
     note(f"follow {name}")
     plain.apply_async((f"after {name}",), task_id=f"after-{name}", countdown=0.1)
+
+
+@app.task(name="fuzz", bind=True)
+def fuzz(self: Any, *_: Any, **__: Any) -> None:
+    note("ran " + json.dumps(self.request.id))
+
+
+def note_every_end() -> None:
+    """Write down what Celery reports of messages that it does not run, or whose task fails."""
+
+    def on(name: str) -> None:
+        def noted(**_: Any) -> None:
+            note(name)
+
+        getattr(signals, f"task_{name}").connect(noted, weak=False)
+
+    for name in ("failure", "revoked", "unknown", "rejected", "internal_error"):
+        on(name)
 
 
 def kill_after(commands: int) -> None:
@@ -89,15 +109,18 @@ def kill_after(commands: int) -> None:
 
 def run_worker(order: dict[str, Any]) -> None:
     """Be a worker, in a process of its own."""
-    os.environ["CRASH_NOTES"] = order["notes"]
+    global notes
+    notes = os.open(order["notes"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for fd in (1, 2):
         os.dup2(log, fd)
     app.conf.broker_url = order["url"]
+    if order.get("note_every_end"):
+        note_every_end()
     if order["kill_after"]:
         kill_after(order["kill_after"])
-    argv = ["worker", "-P", order["pool"], "-c", "2", "--without-gossip", "--without-mingle", "-l", "INFO"]
-    app.worker_main([*argv, "--without-heartbeat", "-n", order["name"]])
+    argv = ["worker", "-P", order["pool"], "-c", "2", "--without-gossip", "--without-mingle"]
+    app.worker_main([*argv, "--without-heartbeat", "-l", order.get("loglevel", "INFO"), "-n", order["name"]])
 
 
 def nursery() -> None:

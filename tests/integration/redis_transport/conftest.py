@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,10 @@ from local.process import PartFailed
 from local.redis7 import Redis7, ensure
 from local.valkey import Valkey
 from tests.parts import need
+
+from .nursery import Nursery
+
+os.environ.setdefault("DAGRELAY_REDIS_URL", "redis://127.0.0.1:1/0")  # the package `tasks` asks for it
 
 
 @pytest.fixture(scope="module", params=["valkey", "redis7"])
@@ -26,3 +32,10 @@ def either(request: pytest.FixtureRequest) -> Iterator[Valkey]:
         kind = Redis7
     with kind(config={"appendonly": "no", "databases": "200"}) as server:
         yield server
+
+
+@pytest.fixture
+def nursery(tmp_path: Path) -> Iterator[Nursery]:
+    made = Nursery(tmp_path)
+    yield made
+    made.close()

@@ -306,7 +306,7 @@ def test_in_the_stock_fetch_parking_stays(place: Place) -> None:
     until(lambda: world.notes("ended", "far"))
     world.send("note", "held", 30.0)
     until(lambda: world.notes("began", "held"))
-    assert world.redis.hlen("own:unacked") == 1
+    until(lambda: world.redis.hlen("own:unacked") == 1)
     first.kill()
 
     world.worker("w2", c=2)

@@ -131,30 +131,40 @@ def test_what_a_killed_worker_held_is_soon_with_another_one(place: Place, pool: 
 
 
 @side_by_side
-def test_a_stock_worker_beside_ours_is_left_alone_and_leaves_ours_alone(place: Place) -> None:
-    """One database, kombu's own key names there; our lease is short, and its own timeout is short too."""
-    stock_queue = {"task_default_queue": "stock"}
+def test_our_short_lease_leaves_the_tasks_of_a_stock_worker_alone(place: Place) -> None:
+    """One database, and kombu's own key names there. Our lease is 3 s, and its tasks run for 9 s."""
     world = place.world()
-    fast = {"visibility_timeout": 3600, "unacked_restore_interval": 1, "unacked_restore_throttle": 1}
-    world.worker("ours1", c=1)
-    world.worker("ours2", c=1)
-    world.worker("stock", c=1, transport="stock", **stock_queue, broker_transport_options=fast)
-    for mark in ("ours-a", "ours-b", "ours-c"):
-        world.send("note", mark, LONG_S)
-    for mark in ("stock-a", "stock-b"):
+    its_own = {"task_default_queue": "stock", "broker_transport_options": {"visibility_timeout": 3600}}
+    world.worker("stock", c=1, transport="stock", **its_own)
+    for mark in "ab":
         world.send("note", mark, LONG_S, queue="stock")
-    until(lambda: len(world.notes("began")) == 3)
+    until(lambda: world.notes("began"))
     assert world.redis.hlen("unacked") >= 1
-    assert sum(world.held().values()) >= 2
 
-    # Another stock worker, for which everything in kombu's own keys is overdue after a second.
-    impatient = fast | {"visibility_timeout": 1, "unacked_key": "mine"}
-    world.worker(
-        "stock2", c=1, transport="stock", task_default_queue="idle", broker_transport_options=impatient
-    )
+    world.worker("ours1", c=1)
+    world.worker("ours2", c=1, options=("-Q", "work,idle"))
 
-    all_end_once(world, {"ours-a", "ours-b", "ours-c", "stock-a", "stock-b"}, timeout_s=60)
-    assert not world.redis.hlen("unacked")
+    all_end_once(world, set("ab"), timeout_s=60)
+    assert {entry["worker"] for entry in world.notes("began")} == {"stock"}
+
+
+@side_by_side
+def test_a_stock_worker_of_little_patience_leaves_our_tasks_alone(place: Place) -> None:
+    """One database. It puts back whatever it finds unacknowledged for a second, and our tasks run for 9 s."""
+    world = place.world()
+    hasty = {"visibility_timeout": 1, "unacked_restore_interval": 1, "unacked_restore_throttle": 1}
+    world.worker("stock", c=1, transport="stock", task_default_queue="stock", broker_transport_options=hasty)
+    world.worker("ours", c=2, worker_prefetch_multiplier=2)
+    for mark in "abcd":
+        world.send("note", mark, LONG_S if mark in "ab" else 0.0)
+    until(lambda: sum(world.held().values()) == 4)
+    its_own = world.send("note", "stock", 4.0, queue="stock")
+
+    until(lambda: set("abcd") <= set(world.marks("ended")), 40)
+    time.sleep(BACK_S)
+    ours = [entry["mark"] for entry in world.notes("began") if entry["id"] != its_own.id]
+    assert sorted(ours) == list("abcd")
+    assert len(world.notes("began", "stock")) > 1  # its own it does run again: it is as hasty as it was told
 
 
 @pytest.mark.parametrize("pool", [*POOLS, "solo"])

@@ -5,15 +5,11 @@ CRASH_FROM and CRASH_TO ask for a range, each n with every server and pool; else
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -22,9 +18,10 @@ import pytest
 import redis
 from kombu import Connection
 
-from local.process import ROOT, clean_env
 from local.redis7 import Redis7
 from local.valkey import Valkey
+
+from .nursery import Nursery
 
 # By some 20 commands the first batch is done, by 60 what it parked, by 90 all of it.
 NUMBERS = list(range(1, 40)) + sorted(random.SystemRandom().sample(range(40, 90), 13))
@@ -40,54 +37,6 @@ WANTED = {
     "follow f",
     "plain after f",
 }
-
-
-class Nursery:
-    """Forks workers: `app.nursery`."""
-
-    def __init__(self, folder: Path) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.integration.redis_transport.app"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=(folder / "nursery.log").open("ab"),
-            cwd=ROOT,
-            env=clean_env(),
-            text=True,
-        )
-        self.running: set[int] = set()
-
-    def _ask(self, order: dict[str, Any]) -> int:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        return int(self._process.stdout.readline())
-
-    def start(self, **order: Any) -> int:
-        pid = self._ask(order)
-        self.running.add(pid)
-        return pid
-
-    def end(self, pid: int, number: int = 0) -> int:
-        """Send a signal (0: none), wait, and return the code."""
-        code = self._ask({"end": pid, "signal": number})
-        self.running.discard(pid)
-        return code
-
-    def close(self) -> None:
-        for pid in tuple(self.running):
-            self.end(pid, signal.SIGKILL)
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(10)
-
-
-@pytest.fixture
-def nursery(tmp_path: Path) -> Iterator[Nursery]:
-    made = Nursery(tmp_path)
-    yield made
-    made.close()
 
 
 class Case:
@@ -141,7 +90,8 @@ class Case:
         return found
 
     def done(self) -> bool:
-        return self.ran().keys() >= WANTED and not self.left()
+        ready = " ready." in self.log.read_text()
+        return ready and self.ran().keys() >= WANTED and not self.left()
 
 
 @pytest.mark.parametrize("pool", ["threads", "solo"])
@@ -161,6 +111,8 @@ def test_a_worker_killed_between_any_two_commands_leaves_everything_to_the_next(
         codes = [nursery.end(pid) for pid in pids]
         assert set(codes) == {-signal.SIGKILL}
         before |= {case.number: sum(case.ran().values()) for case in cases}
+        for case in cases:
+            case.log.write_text("")  # so that "ready" is the second one's word
         pids = [nursery.start(**case.order()) for case in cases]
         until = time.monotonic() + 30
         while time.monotonic() < until and not all(case.done() for case in cases):

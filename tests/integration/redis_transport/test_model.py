@@ -20,8 +20,6 @@ import pytest
 import redis
 from kombu import Connection
 
-os.environ.setdefault("DAGRELAY_REDIS_URL", "redis://127.0.0.1:1/0")  # what `tasks` asks for when imported
-
 from local.valkey import Valkey
 from tasks.redis_transport import Keys, Lot, messages, scripts
 from tasks.redis_transport import hand as hand_module

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,8 +12,6 @@ from typing import Any
 import pytest
 import redis
 from redis.exceptions import OutOfMemoryError, ReadOnlyError
-
-os.environ.setdefault("DAGRELAY_REDIS_URL", "redis://127.0.0.1:1/0")  # what `tasks` asks for when imported
 
 from local.valkey import Valkey
 from tasks.redis_transport import Keys, Lot, scripts
