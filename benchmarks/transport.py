@@ -305,9 +305,13 @@ def many_idle_workers() -> dict[str, Any]:
             sent, inner = count.during(send)
             took = time.monotonic() - began
             aof = meter.aof_bytes() - aof
-            redis_cpu = meter.cpu_s()  # once more, without MONITOR
+            # Once more, without MONITOR.
+            redis_cpu = meter.cpu_s()
+            time.sleep(CALM_S)
+            calm_cpu = meter.cpu_s() - redis_cpu
+            redis_cpu, began = meter.cpu_s(), time.monotonic()
             send()
-            redis_cpu = meter.cpu_s() - redis_cpu
+            redis_cpu = meter.cpu_s() - redis_cpu - calm_cpu / CALM_S * (time.monotonic() - began)
             if sum(left(client, queue) for queue in QUEUES):
                 raise RuntimeError("not every message was run")
             size = statistics.mean(map(len, messages))
@@ -318,6 +322,7 @@ def many_idle_workers() -> dict[str, Any]:
                 ),
                 f"{prefix}idle20_aof_ratio": round((aof - calm_aof / CALM_S * took) / SPREAD / size, 2),
                 f"{prefix}idle20_redis_cpu_ms": round(redis_cpu / SPREAD * 1000, 3),
+                f"{prefix}idle20_redis_cpu_percent_at_rest": round(calm_cpu / CALM_S * 100, 3),
                 f"{prefix}idle20_commands_per_s_at_rest": round(calm / CALM_S, 1),
                 f"{prefix}idle20_aof_bytes_per_s_at_rest": round(calm_aof / CALM_S, 1),
             }

@@ -83,17 +83,20 @@ for i = at, at + hands - 1 do
   end
   while wanted <= 0 and redis.call('LMOVE', hand, KEYS[base + list], 'RIGHT', 'RIGHT') do end
 end
--- A first pass gives each list of a group its share, a second one what the others left.
+-- A first pass gives each list of a group its share, a second one what the others left to those that had
+-- all of their share, and so may have more.
 for first = 1, lists, group do
   local share = fair and math.ceil(wanted / group) or wanted
+  local more = {}
   for pass = 1, 2 do
     for list = first, math.min(first + group - 1, lists) do
-      if wanted > 0 then
+      if wanted > 0 and (pass == 1 or more[list]) then
         -- pcall: a key of another type there is no reason to lose what was popped from the others; the move
         -- that blocks on it will say so.
         local count = pass == 1 and math.min(share, wanted) or wanted
         local messages = redis.pcall('RPOP', KEYS[base + list], count)
         if messages and not messages.err then
+          more[list] = #messages == count
           for _, message in ipairs(messages) do claim(list, message) end
         end
       end
