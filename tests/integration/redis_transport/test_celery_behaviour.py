@@ -21,6 +21,7 @@ import pytest
 from celery import chain, chord, group
 
 from local.process import Process, clean_env, free_port
+from tests.parts import need
 
 from . import behaviour
 from .behaviour import BUSY_S, CELERY, LEASE_S, OURS, ROOT, Place, World, children, ended, side_by_side, until
@@ -331,12 +332,9 @@ def test_a_pool_without_an_event_loop_is_refused_with_the_reason(place: Place, f
 
 @side_by_side
 def test_gevent_itself_is_refused_with_the_reason(place: Place) -> None:
-    if importlib.util.find_spec("gevent") is None:
-        pytest.skip(
-            "gevent is not installed; the test beside this one has a pool that says it is like gevent"
-        )
+    need("gevent", importlib.util.find_spec("gevent") is not None, "`make` installs it from the lock")
     world = place.world()
-    worker = world.worker(pool="gevent", wait=False)
+    worker = world.worker(pool="gevent", env={"DAGRELAY_REDIS_URL": "redis://127.0.0.1:1"}, wait=False)
     assert worker.wait(30) != 0
     assert "gevent and eventlet" in worker.text()
 
