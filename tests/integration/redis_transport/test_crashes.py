@@ -128,3 +128,42 @@ def test_a_worker_killed_between_any_two_commands_leaves_everything_to_the_next(
     print(f"ran before the kill, by n: {before}; ran again: {twice}")  # noqa: T201 - read with -s
     # Only what the killed one had in its hands may have run again.
     assert twice <= 6 * len(numbers)
+
+
+def test_a_worker_empties_a_full_redis_and_runs_nothing_twice(
+    either: Valkey, nursery: Nursery, tmp_path: Path
+) -> None:
+    """It claims, parks, brings back and acknowledges; and its lease of 1 s is renewed all the while."""
+    client = redis.Redis.from_url(either.url)
+    client.flushdb()
+    count = 2000
+    with Connection(either.url) as connection, connection.Producer() as producer:
+        for number in range(count):
+            eta = datetime.now(UTC) + timedelta(seconds=4) if number % 10 == 0 else None
+            headers = {"task": "plain", "id": f"{number}", "eta": eta and eta.isoformat()}
+            producer.publish([[f"{number}"], {}, {}], routing_key="q", headers=headers, serializer="json")
+    notes, log = tmp_path / "notes", tmp_path / "log"
+    order: dict[str, Any] = {"url": either.url, "notes": str(notes), "log": str(log), "kill_after": 0}
+    order |= {"pool": "threads", "loglevel": "WARNING"}
+    pid = nursery.start(**order, name="w1@here")
+    other = nursery.start(**order, name="w2@here")  # would restore what seems to be dead
+    while not notes.exists() or not notes.read_text():
+        time.sleep(0.01)
+    client.config_set("maxmemory", "1mb")
+    try:
+        with pytest.raises(redis.exceptions.OutOfMemoryError):
+            client.set("more", "x")
+        until = time.monotonic() + 40
+        while len(notes.read_text().splitlines()) < count and time.monotonic() < until:
+            time.sleep(0.1)
+        ran = Counter(notes.read_text().splitlines())
+        assert set(ran) == {f"plain {number}" for number in range(count)}
+        time.sleep(1.5)  # longer than a lease
+        held = sum(client.hlen(key) for key in client.scan_iter(f"{NAMESPACE}:held:*"))
+        assert (client.llen("q"), held, client.hlen(f"{NAMESPACE}:parked")) == (0, 0, 0)
+        assert Counter(notes.read_text().splitlines()) == ran
+        assert set(ran.values()) == {1}
+    finally:
+        client.config_set("maxmemory", "0")
+    assert [nursery.end(each, signal.SIGTERM) for each in (pid, other)] == [0, 0]
+    client.close()

@@ -7,6 +7,7 @@ Celery said what it is, or it waits parked, or it lies in quarantine.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import random
@@ -276,6 +277,32 @@ def test_no_message_stops_a_worker_and_each_is_accounted_for(
     assert not now.keys() & {entry.number for entry in again}
     assert Counter(now.values()) == Counter(entry.message for entry in listed)
 
+    assert nursery.end(pid, 15) == 0
+    client.close()
+
+
+def test_a_message_that_came_back_from_more_than_ten_dead_workers_is_put_aside(
+    either: Valkey, nursery: Nursery, tmp_path: Path
+) -> None:
+    client = redis.Redis.from_url(either.url)
+    client.flushdb()
+    fuzz, notes = Fuzz(1), tmp_path / "notes"
+    ids = []
+    for times in (10, 11):
+        raw = fuzz.valid()
+        ids.append(fuzz.task_id)
+        client.hset(KEYS.returned, hashlib.sha1(raw, usedforsecurity=False).hexdigest(), times)
+        client.lpush("q", raw)
+    pid = nursery.start(
+        url=either.url, notes=str(notes), log=str(tmp_path / "log"), pool="solo", name="w@here", kill_after=0
+    )
+
+    done = wait_until_all_is_done(client, pid, 2, notes)
+
+    assert done == [f'ran "{ids[0]}"']
+    (entry,) = Lot(client, KEYS).quarantined()
+    assert "11 workers" in entry.reason
+    assert not client.exists(KEYS.returned)  # neither is counted any more
     assert nursery.end(pid, 15) == 0
     client.close()
 

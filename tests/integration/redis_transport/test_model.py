@@ -26,7 +26,7 @@ from tasks.redis_transport import hand as hand_module
 from tasks.redis_transport.channel import claim
 from tasks.redis_transport.hand import Hand, Line, restore
 
-SEEDS = int(os.environ.get("MODEL_SEEDS", "12"))
+SEEDS = int(os.environ.get("MODEL_SEEDS", "8"))
 STEPS = int(os.environ.get("MODEL_STEPS", "250"))
 FAR_S = 100_000.0  # a lease, and an eta, that no test waits for
 QUEUES = ("a", "b")
