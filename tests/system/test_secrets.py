@@ -19,7 +19,8 @@ CANARY = "kanarienvogel-conf-7f3a"
 FLOWER_PASSWORD = "kanarienvogel-flower-51c2"
 CONF = {"password": CANARY, "deep": [{CANARY[:6]: f"x{CANARY}y"}], "n": 1}
 LOGIN = {"Authorization": "Basic " + base64.b64encode(f"dagrelay:{FLOWER_PASSWORD}".encode()).decode()}
-MESSAGES = ("triggers", "jobs", "looks", "dagrelay:unacked")  # where a message itself lies until it is done
+# Where a message itself lies until it is done.
+MESSAGES = ("triggers", "jobs", "looks", "dagrelay:parked", "dagrelay:held:", "dagrelay:hand:")
 
 
 class Listening:
