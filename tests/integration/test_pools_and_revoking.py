@@ -27,6 +27,19 @@ def test_every_pool_makes_one_run_of_a_lost_answer(pool, relay, airflow, start_w
     assert list(airflow.runs) == [RUN]
 
 
+def test_one_setting_goes_back_to_kombus_way_to_fetch_and_parking_stays(relay, airflow, start_worker):
+    airflow.fault = lambda number, dag_id, run_id: "drop" if number == 1 else "answer"
+    start_worker(DAGRELAY_FETCH="stock")
+
+    later = relay.enqueue(TriggerRequest("daily_sales", key="k2"), countdown=3)
+
+    assert relay.enqueue(SALES).get(timeout=30).created
+    until(lambda: relay.redis.zcard("dagrelay:due"))
+    assert later.get(timeout=30).created
+    assert not relay.redis.keys("dagrelay:held:*")  # ours would have them there
+    assert len(airflow.runs) == 2
+
+
 def test_workers_that_speak_with_each_other_start_and_work(relay, airflow, start_worker, stock):
     """mingle and gossip are on by default: a worker asks the others when it starts, before its loop runs."""
     start_worker(name="w1", alone=False)
