@@ -8,6 +8,8 @@ release of kombu changes one of them):
   acknowledgement (the replies to remote control).
 - `Channel.QoS` keeps no messages and restores none when a channel closes: the `Hand` of the process does.
 - `Channel._put` parks what is not due yet. Everything else is published as kombu does.
+- `Channel._queue_bind` does without the write where Redis is full and the binding is there; `Channel._size`
+  asks without a transaction. So a worker can connect again in a full Redis, and empty it.
 - `Channel._create_client` made a client object for every command, a quarter of a worker's CPU: it is kept.
 - `Channel.Message` takes the body that was decoded already.
 - `Transport.connection_errors` holds ResponseError: what a server answers while it fails over is a reason to
@@ -628,6 +630,22 @@ class Channel(kombu_redis.Channel):
         if self._kept_client is None or self._kept_client.connection_pool is not self.pool:
             self._kept_client = super()._create_client()
         return self._kept_client
+
+    def _queue_bind(self, exchange: str, routing_key: str, pattern: str, queue: str) -> None:
+        """Bind as kombu does. Where Redis is full, a binding that is there already will do: a worker that
+        loses its connection then can connect again, and make room."""
+        try:
+            super()._queue_bind(exchange, routing_key, pattern, queue)
+        except OutOfMemoryError:
+            if (routing_key or "", pattern or "", queue or "") not in self.get_table(exchange):
+                raise
+
+    def _size(self, queue: str) -> int:
+        """Return how many messages wait. kombu asks in a transaction, which a full Redis refuses."""
+        with self.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
+            for step in self.priority_steps:
+                pipe.llen(self._q_for_pri(queue, step))
+            return sum(pipe.execute())
 
     def _put(self, queue: str, message: dict[str, Any], **kwargs: Any) -> Any:
         """Publish a message, or park it when it is not due yet."""

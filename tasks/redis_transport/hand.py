@@ -274,10 +274,7 @@ class Hand:
 
     def watch(self, queue_keys: Iterable[str]) -> None:
         """Say from which queues moves will fetch into this process's hands, before the first of them."""
-        new = set(queue_keys) - self._queues
-        if new:
-            self.client.execute_command("SADD", self.keys.hands(self.owner), *new)
-            self._queues |= new
+        self._queues |= set(queue_keys)
         self.renew()
 
     def restore_dead(self) -> int:

@@ -137,7 +137,7 @@ return 1
 
 # KEYS: leases, held, gone, hands. ARGV: owner, seconds of the lease, the queue lists that it moves from.
 # Returns whether the lease was still running, and how many messages the owner holds. If it was not, the owner
-# has been taken for dead: it is so no more, and what is known of its hands is written again.
+# has been taken for dead: it is so no more. What is known of its hands is written each time.
 RENEW: Final = Script(
     _NOW
     + """
@@ -146,8 +146,8 @@ redis.call('HDEL', KEYS[2], '')  -- nothing: a deletion, so that a full Redis do
 redis.call('ZADD', KEYS[1], string.format('%.6f', now + ARGV[2]), ARGV[1])
 if not had then
   redis.call('ZREM', KEYS[3], ARGV[1])
-  for i = 3, #ARGV do redis.call('SADD', KEYS[4], ARGV[i]) end
 end
+for i = 3, #ARGV do redis.call('SADD', KEYS[4], ARGV[i]) end
 return {had and 1 or 0, redis.call('HLEN', KEYS[2])}
 """
 )

@@ -144,11 +144,12 @@ def test_a_worker_empties_a_full_redis_and_runs_nothing_twice(
             producer.publish([[f"{number}"], {}, {}], routing_key="q", headers=headers, serializer="json")
     notes, log = tmp_path / "notes", tmp_path / "log"
     order: dict[str, Any] = {"url": either.url, "notes": str(notes), "log": str(log), "kill_after": 0}
-    order |= {"pool": "threads", "loglevel": "WARNING"}
+    order |= {"pool": "threads"}
     pid = nursery.start(**order, name="w1@here")
     other = nursery.start(**order, name="w2@here")  # would restore what seems to be dead
-    while not notes.exists() or not notes.read_text():
+    while not log.exists() or log.read_text().count(" ready.") < 2:
         time.sleep(0.01)
+    time.sleep(0.5)  # has both of them in the middle of it
     client.config_set("maxmemory", "1mb")
     try:
         with pytest.raises(redis.exceptions.OutOfMemoryError):
@@ -163,6 +164,15 @@ def test_a_worker_empties_a_full_redis_and_runs_nothing_twice(
         assert (client.llen("q"), held, client.hlen(f"{NAMESPACE}:parked")) == (0, 0, 0)
         assert Counter(notes.read_text().splitlines()) == ran
         assert set(ran.values()) == {1}
+        assert "onnection to broker lost" not in log.read_text()
+
+        client.client_kill_filter(_type="normal", skipme=True)  # they connect again
+        until = time.monotonic() + 20
+        while log.read_text().count("onnected to redis") < 4 and time.monotonic() < until:
+            time.sleep(0.1)
+        time.sleep(0.5)
+        assert log.read_text().count("onnected to redis") == 4
+        assert log.read_text().count("onnection to broker lost") == 2
     finally:
         client.config_set("maxmemory", "0")
     assert [nursery.end(each, signal.SIGTERM) for each in (pid, other)] == [0, 0]

@@ -78,6 +78,18 @@ PLACES: dict[str, tuple[str, str]] = {
         "ours publishes by it what is not to wait",
         "114ed746a115",
     ),
+    "kombu.transport.redis:Channel._queue_bind": (
+        "ours does without its write where Redis is full",
+        "ac617d64f4a3",
+    ),
+    "kombu.transport.redis:Channel.get_table": (
+        "ours looks for a binding by it",
+        "4c546fdafe87",
+    ),
+    "kombu.transport.redis:Channel._size": (
+        "ours asks the same without a transaction",
+        "6eed9817c42e",
+    ),
     "kombu.transport.redis:Channel.priority": (
         "ours names a queue's list by it",
         "8d3ced6cbe41",
