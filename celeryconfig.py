@@ -65,7 +65,7 @@ task_default_queue = "celery"
 task_create_missing_queues = True  # (a misspelt -Q is refused by tasks/app.py)
 
 task_acks_late = True  # a message is acknowledged when its successor is in Redis, never before
-task_reject_on_worker_lost = True  # prefork: a killed child leaves its message to the visibility timeout
+task_reject_on_worker_lost = True  # prefork: a killed child's message goes back to its queue
 task_serializer = result_serializer = event_serializer = "json"
 accept_content = result_accept_content = ["json"]  # nothing else is ever decoded
 result_expires = _settings.result_ttl_s

@@ -4,7 +4,7 @@ What the base adds to Celery's, for every task of ours:
 
 - Nothing is acknowledged before its successor is in Redis. Celery throws a message away when the retry
   that should follow it cannot be published, and marks a task failed when its end cannot be written; here
-  such a message stays unacknowledged, and its lease (the visibility timeout) brings it back.
+  such a message stays unacknowledged, and the transport puts it back to its queue in a moment.
 - What Flower and the logs show of the arguments is made again by us for every message, received or
   published: a plain retry would show the conf, and so would a message of somebody else.
 """
