@@ -21,10 +21,11 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -36,6 +37,7 @@ from pydantic import (
     PlainValidator,
     ValidationError,
     WithJsonSchema,
+    model_validator,
 )
 
 from .errors import InvalidRequest
@@ -64,6 +66,15 @@ MAX_NOTE_LENGTH: Final = 700
 
 GIVE_UP_AFTER_S: Final = 86_400.0
 
+WAIT_TIMEOUT_S: Final = 86_400.0
+"""How long the end of a run, or of an external job, is waited for unless the request says otherwise."""
+
+MAX_WAIT_S: Final = 90 * 86_400.0
+MAX_RESULT_BYTES: Final = 1_000_000
+"""The largest result of an external job, or XCom of a run, as JSON: it lies in Redis and travels on."""
+
+MAX_FAN_OUT: Final = 50_000
+
 
 _RUN_ID = re.compile(r"[A-Za-z0-9_.~:+-]+\Z")
 # Airflow's own prefixes: the API answers 400 to a run id that begins with one of them.
@@ -82,13 +93,14 @@ def is_run_id(text: str) -> bool:
         len(text) <= MAX_RUN_ID_LENGTH
         and _RUN_ID.match(text) is not None
         and ".." not in text  # 3.3 calls it a path traversal
+        and text != "."  # no URL can name it
         and text != "~"  # taken by 3.3, and then not addressable: it is the wildcard
         and not text.startswith(_RESERVED_RUN_IDS)
     )
 
 
 def _dag_id(value: str) -> str:
-    if not _DAG_ID.match(value):
+    if not _DAG_ID.match(value) or value in (".", ".."):
         raise ValueError("is no DAG id: letters, digits, '_', '-' and '.' only")
     return value
 
@@ -225,7 +237,9 @@ class _Request(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        cls.defaults = {name: field.default for name, field in cls.model_fields.items()}
+        cls.defaults = {
+            name: field.get_default(call_default_factory=True) for name, field in cls.model_fields.items()
+        }
 
     @classmethod
     def fields_of(cls, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -238,7 +252,11 @@ class _Request(BaseModel):
         for name in self.model_fields_set:
             value = getattr(self, name)
             if value != self.defaults[name]:
-                message[name] = value.isoformat() if isinstance(value, datetime) else value
+                if isinstance(value, datetime):
+                    value = value.isoformat()
+                elif isinstance(value, BaseModel):
+                    value = value.model_dump(mode="json", exclude_unset=True)
+                message[name] = value
         return message
 
 
@@ -252,7 +270,8 @@ def _invalid(exc: ValidationError) -> InvalidRequest:
             text = "is no argument of this request"
         elif problem["type"] == "missing":
             text = "is missing"
-        lines.append(text if text.startswith((name, "a key of")) else f"{name}: {text}")
+        named = not problem["loc"] or text.startswith((name, "a key of"))
+        lines.append(text if named else f"{name}: {text}")
     return InvalidRequest("; ".join(lines))
 
 
@@ -310,6 +329,17 @@ class TriggerRequest(_Request):
     give_up_after_s
         How long to go on trying, in seconds from the time it is due; time during which the connection
         is held does not count. Default 24 h.
+    wait
+        End only when the run does: the outcome is then the run's final state, and a failed run raises
+        `DagRunFailed`. Waiting costs no worker.
+    wait_timeout_s
+        With `wait`: how long to wait for the end, in seconds from when the run exists. Default 24 h. Then
+        `DagRunOverdue` ends the waiting; the run goes on, unless `stop_run` says otherwise.
+    result_from
+        With `wait`: the id of a task of the run whose XCom `return_value` becomes `DagRun.result`.
+    stop_run
+        With `wait`: when the waiting ends before the run does (`wait_timeout_s`, a cancel), set the run to
+        failed in Airflow, which ends its tasks.
     """
 
     dag_id: Annotated[str, Field(min_length=1, max_length=250), AfterValidator(_dag_id)]
@@ -329,6 +359,20 @@ class TriggerRequest(_Request):
     give_up_after_s: Annotated[float, BeforeValidator(_from_number), Field(gt=0, allow_inf_nan=False)] = (
         GIVE_UP_AFTER_S
     )
+    wait: bool = False
+    wait_timeout_s: Annotated[
+        float, BeforeValidator(_from_number), Field(gt=0, le=MAX_WAIT_S, allow_inf_nan=False)
+    ] = WAIT_TIMEOUT_S
+    result_from: Annotated[Text, Field(min_length=1, max_length=250)] | None = None
+    stop_run: bool = False
+
+    @model_validator(mode="after")
+    def _of_waiting(self) -> Self:
+        if not self.wait:
+            for name in ("wait_timeout_s", "result_from", "stop_run"):
+                if getattr(self, name) != self.defaults[name]:
+                    raise ValueError(f"{name}: needs wait=True")
+        return self
 
     def __init__(
         self, dag_id: str | None = None, conf: dict[str, Any] | None = None, /, **fields: Any
@@ -367,7 +411,7 @@ class TriggerRequest(_Request):
         parts = [f"dag_id={self.dag_id!r}", f"run_id={run_id!r}"]
         if self.conf is not None:
             parts.append(f"conf=<{conf_summary(self.conf)}>")
-        for name in ("key", "logical_date", "run_after", "connection", "if_exists"):
+        for name in ("key", "logical_date", "run_after", "connection", "if_exists", "wait", "result_from"):
             value = getattr(self, name)
             if value != self.defaults[name]:
                 parts.append(f"{name}={str(value)!r}")
@@ -376,12 +420,299 @@ class TriggerRequest(_Request):
         return ", ".join(parts)
 
 
+def _json_value(value: Any) -> Any:
+    problem = conf_problem(value, "body")
+    if problem:
+        raise ValueError(problem)
+    if len(_as_json(value).encode()) > MAX_CONF_BYTES:
+        raise ValueError(f"is over the limit of {MAX_CONF_BYTES} bytes as JSON")
+    return value
+
+
+def _path(value: str) -> str:
+    if not _PATH.match(value) or value.startswith("//") or "\\" in value:
+        raise ValueError(
+            "is no path within the service: begin with one '/', percent-encode what is special, name no host"
+        )
+    unknown = set(re.findall(r"\{([^{}]*)\}", value)) - {"job_id", "reference"}
+    if unknown or "{" in _PLACE.sub("", value) or "}" in _PLACE.sub("", value):
+        raise ValueError("has a placeholder that is neither {job_id} nor {reference}")
+    return value
+
+
+def _url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
+        raise ValueError("is no http:// or https:// URL without credentials")
+    _path((parts.path or "/") + (f"?{parts.query}" if parts.query else ""))
+    return value
+
+
+def _expression(value: str) -> str:
+    import jmespath  # here: a service that polls nothing does not load it
+
+    try:
+        jmespath.compile(value)
+    except jmespath.exceptions.JMESPathError as exc:
+        raise ValueError(f"is no JMESPath expression: {' '.join(str(exc).split())[:200]}") from None
+    return value
+
+
+def _headers(value: dict[str, str]) -> dict[str, str]:
+    for name, text in value.items():
+        if not _HEADER_NAME.match(name) or not _HEADER_VALUE.match(text):
+            raise ValueError(f"{name[:40]!r} is no header of printable characters")
+        if name.lower() in _NOT_A_CALLERS_HEADER or _SECRETIVE.search(name):
+            raise ValueError(
+                f"{name!r} belongs to the service's configuration in the worker: "
+                "a message carries no credentials, and no header that decides where it goes"
+            )
+    return value
+
+
+def _query(value: dict[str, str]) -> dict[str, str]:
+    for name in value:
+        if _SECRETIVE.search(name):
+            raise ValueError(
+                f"{name!r} looks like a credential, which belongs to the service's configuration in the worker"
+            )
+    return value
+
+
+_PATH = re.compile(r"/[!-~]*\Z")
+_PLACE = re.compile(r"\{(job_id|reference)\}")
+_HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}\Z")
+_HEADER_VALUE = re.compile(r"[\t -~]{0,1000}\Z")
+_NOT_A_CALLERS_HEADER = (
+    "authorization",
+    "connection",
+    "content-length",
+    "cookie",
+    "host",
+    "proxy-authorization",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+)
+_SECRETIVE = re.compile(
+    r"(?i)(token|secret|passw|credential|signature|(?<![a-z])(api|access|auth|private)[_-]?key|(?<![a-z])auth\Z)"
+)
+
+Expression = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_expression)]
+Path = Annotated[str, Field(min_length=1, max_length=2000), AfterValidator(_path)]
+Headers = Annotated[dict[str, str], Field(max_length=20), AfterValidator(_headers)]
+Query = Annotated[dict[str, str], Field(max_length=50), AfterValidator(_query)]
+Seconds = Annotated[float, BeforeValidator(_from_number), Field(gt=0, le=MAX_WAIT_S, allow_inf_nan=False)]
+Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
+States = Annotated[list[Text], Field(min_length=1, max_length=50)]
+
+
+class Call(_Request):
+    """One request to a service. `path` and the texts in `body` and `query` may hold {job_id} and {reference}.
+
+    {reference} is our own name for the job, the same on every attempt; {job_id} is the service's.
+    """
+
+    path: Path
+    method: Method = "GET"
+    body: Annotated[Any, AfterValidator(_json_value), Field(repr=False)] = None
+    headers: Headers = Field(default_factory=dict, repr=False)
+    query: Query = Field(default_factory=dict, repr=False)
+
+
+class Submit(Call):
+    """How a job is started. `job_id` finds its id in the answer; {job_id} is not known yet."""
+
+    method: Method = "POST"
+    job_id: Expression = "id"
+
+
+class Find(Call):
+    """How a job is found by our {reference}. `job_id` finds its id in the answer, null for no such job."""
+
+    job_id: Expression = "id"
+
+
+class PollRequest(_Request):
+    """One job on an outside service, to be started (optional) and followed until it ends.
+
+    Raises `InvalidRequest` naming every wrong argument.
+
+    service
+        Which service: the worker knows its address and credentials as `DAGRELAY_SERVICE_<ID>`.
+    path, url
+        What is asked for the job's state: a path within the service (with {job_id}, {reference}), or an
+        absolute URL, which must be the service's own.
+    method, body, headers, query
+        Of that question. No credentials: those are the service's.
+    submit
+        How the job is started: ``{"path": "/jobs", "body": {…}, "job_id": "id"}``. It carries an idempotency
+        key made from the task id. Without it the job runs already.
+    submit_once
+        The service does not honour such a key: after a lost answer nothing is submitted again; `find` tells
+        whether the job exists, and without it the request ends as `SubmitUnknown`.
+    find
+        How a job is found by our reference: ``{"path": "/jobs?ref={reference}", "job_id": "jobs[0].id"}``.
+    job_id
+        The id of a job that runs already.
+    state, success, failure
+        A JMESPath expression for the state in the answer, and which states end it. Compared as text, without
+        regard to case.
+    result, progress, reason
+        JMESPath expressions: for the outcome's result (up to 1 MB as JSON), for what Flower and the record
+        show meanwhile, and for the service's words when it failed.
+    gone
+        HTTP statuses that mean: there is no such job any more.
+    interval_s, growth, max_interval_s, jitter
+        The rhythm: the first look after `interval_s`, each pause `growth` times the one before, up to
+        `max_interval_s`, each up to `jitter` (a fraction) longer or shorter. Retry-After is honoured.
+    timeout_s
+        For the whole, in seconds from when it is due; then `ExternalJobOverdue`.
+    max_errors
+        How many looks in a row may fail (no answer, 5xx, nonsense) before it is a failure. 429 does not count.
+    then
+        The trigger of a DAG run that follows a success, as a dict of `TriggerRequest`'s fields; its conf gets
+        the outcome under the key ``job``.
+    on_cancel
+        What is asked of the service when the request is cancelled or overdue:
+        ``{"method": "DELETE", "path": "/jobs/{job_id}"}``.
+    wake_keys
+        Names by which somebody may wake it (`wake`): a webhook, a callback, a message.
+    """
+
+    service: Annotated[str, Field(min_length=1, max_length=100), AfterValidator(_connection)]
+    path: Path | None = None
+    url: Annotated[str, Field(min_length=1, max_length=2000), AfterValidator(_url)] | None = None
+    method: Literal["GET", "POST"] = "GET"
+    body: Annotated[Any, AfterValidator(_json_value), Field(repr=False)] = None
+    headers: Headers = Field(default_factory=dict, repr=False)
+    query: Query = Field(default_factory=dict, repr=False)
+    submit: Submit | None = None
+    submit_once: bool = False
+    find: Find | None = None
+    job_id: Annotated[Text, Field(min_length=1, max_length=500)] | None = None
+    state: Expression = "state"
+    success: States = Field(default_factory=lambda: ["success", "succeeded", "completed", "done", "finished"])
+    failure: States = Field(
+        default_factory=lambda: ["failed", "failure", "error", "cancelled", "canceled", "aborted", "timeout"]
+    )
+    result: Expression | None = None
+    progress: Expression | None = None
+    reason: Expression | None = None
+    gone: Annotated[list[int], Field(max_length=20)] = Field(default_factory=lambda: [404, 410])
+    interval_s: Seconds = 5.0
+    growth: Annotated[float, BeforeValidator(_from_number), Field(ge=1, le=10)] = 1.5
+    max_interval_s: Seconds = 60.0
+    jitter: Annotated[float, BeforeValidator(_from_number), Field(ge=0, le=0.5)] = 0.1
+    timeout_s: Seconds = WAIT_TIMEOUT_S
+    max_errors: Annotated[int, Field(ge=0, le=10_000)] = 20
+    then: dict[str, Any] | None = Field(default=None, repr=False)
+    on_cancel: Call | None = None
+    wake_keys: Annotated[list[Annotated[Text, Field(min_length=1, max_length=250)]], Field(max_length=20)] = (
+        Field(default_factory=list)
+    )
+
+    @model_validator(mode="after")
+    def _as_a_whole(self) -> Self:
+        problems = list(self._problems())
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _problems(self) -> Iterator[str]:
+        if (self.path is None) == (self.url is None):
+            yield "path: give the job's path, or its url, and not both"
+        if self.submit is not None and self.job_id is not None:
+            yield "job_id: a job that is submitted has none yet: leave it out, or leave submit out"
+        if self.submit is None and (self.submit_once or self.find is not None):
+            yield f"{'find' if self.find else 'submit_once'}: needs submit"
+        if self.submit is None and self.job_id is None and "{job_id}" in (self.path or ""):
+            yield "path: has {job_id}, and there is neither a job_id nor a submit that yields one"
+        if self.submit is not None and "{job_id}" in _texts_of(self.submit):
+            yield "submit: has {job_id}, which is known only afterwards"
+        if self.find is not None and "{job_id}" in _texts_of(self.find):
+            yield "find: has {job_id}, which it is to find: use {reference}"
+        if self.find is not None and self.submit is not None:
+            for name, call in (("find", self.find), ("submit", self.submit)):
+                if "{reference}" not in _texts_of(call):
+                    yield f"{name}: has no {{reference}}, by which the job could be found"
+        both = {text.lower() for text in self.success} & {text.lower() for text in self.failure}
+        if both:
+            yield f"success and failure: both have {', '.join(sorted(both))[:200]}"
+        if self.max_interval_s < self.interval_s and "max_interval_s" in self.model_fields_set:
+            yield "max_interval_s: is below interval_s"
+        if self.then is not None:
+            conf = self.then.get("conf")
+            if isinstance(conf, dict) and "job" in conf:
+                yield "then: its conf has the key 'job', under which the outcome goes"
+            try:
+                TriggerRequest(**self.then)
+            except (InvalidRequest, TypeError) as exc:
+                yield f"then: {exc}"
+
+    @classmethod
+    def from_message(cls, message: Mapping[str, Any]) -> Self:
+        """Return the request in a message. Raises `InvalidRequest`, as the constructor does."""
+        return cls(**cls.fields_of(message))
+
+    def reference_for(self, task_id: str) -> str:
+        """Return our own name for the job, which is also its idempotency key: the same on every attempt."""
+        return reference_for(task_id)
+
+    def shown(self, task_id: str) -> str:
+        """Return the request as Flower and logs may show it: no body, no header, no query."""
+        parts = [f"service={self.service!r}"]
+        for name in ("path", "job_id"):
+            value = getattr(self, name)
+            if value is not None:
+                parts.append(f"{name}={value.partition('?')[0]!r}")
+        if self.url is not None:
+            parts.append(f"url={self.url.partition('?')[0]!r}")
+        if self.submit is not None:
+            parts.append(f"submit='{self.submit.method} {self.submit.path.partition('?')[0]}'")
+        if self.then is not None:
+            parts.append(f"then={str(self.then.get('dag_id'))!r}")
+        return ", ".join(parts)
+
+
+def reference_for(task_id: str) -> str:
+    """Return the name and idempotency key of the job that a task submits."""
+    return str(uuid.uuid5(_KEY_NAMESPACE, f"job {task_id}"))
+
+
+def _texts_of(call: Call) -> str:
+    """Return all that may hold a placeholder, as one text."""
+    return _as_json([call.path, call.body, call.query])
+
+
+def interval_after(waited_s: float, request: PollRequest) -> float:
+    """Return the pause before the next look, without jitter, when it has been waited for `waited_s`.
+
+    Pauses i, i·g, i·g², … sum up to waited = i·(gⁿ−1)/(g−1), so the next one, i·gⁿ, is i + (g−1)·waited:
+    nothing needs to be kept between two looks.
+    """
+    grown = request.interval_s + (request.growth - 1) * max(0.0, waited_s)
+    return min(max(request.max_interval_s, request.interval_s), grown)
+
+
 def conf_summary(conf: Mapping[str, Any]) -> str:
     """Return what may be shown of a conf: the names of up to eight keys and the size as JSON."""
     names = [str(name)[:40] for name in list(conf)[:8]]
     more = f", +{len(conf) - 8} more" if len(conf) > 8 else ""
     size = conf.size_bytes if isinstance(conf, _CheckedConf) else len(_as_json(conf).encode())
     return f"{', '.join(names)}{more}; {size} bytes" if names else "empty"
+
+
+def shown_poll(message: Mapping[str, Any]) -> str:
+    """Do as `shown_message` does, for a `PollRequest`."""
+    shown = {}
+    for name, value in message.items():
+        if name in ("v", "asked", "so_far"):
+            continue
+        plain = name in ("service", "path", "url", "job_id", "submit_once") and isinstance(value, str | bool)
+        shown[name] = str(value).partition("?")[0][:250] if plain else f"<{type(value).__name__}>"
+    return ", ".join(f"{name}={value}" for name, value in shown.items())
 
 
 def shown_message(message: Mapping[str, Any]) -> str:
@@ -420,6 +751,7 @@ class DagRun:
     run_after: str | None = None
     connection: str = "default"
     url: str | None = None
+    result: Any = None
 
     def to_message(self) -> dict[str, Any]:
         """Return it as plain JSON values."""
@@ -428,6 +760,48 @@ class DagRun:
     @classmethod
     def from_message(cls, message: Mapping[str, Any]) -> DagRun:
         """Return the run in a result; fields of a newer release are left out."""
+        return cls(**{name: message[name] for name in cls.__slots__ if name in message})
+
+
+@dataclass(frozen=True, slots=True)
+class JobOutcome:
+    """How an external job ended well. `state` is the service's word; `then` the id of the trigger that follows."""
+
+    service: str
+    job_id: str | None
+    state: str
+    result: Any = None
+    then: str | None = None
+
+    def to_message(self) -> dict[str, Any]:
+        """Return it as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_message(cls, message: Mapping[str, Any]) -> JobOutcome:
+        """Return the outcome in a result; fields of a newer release are left out."""
+        return cls(**{name: message[name] for name in cls.__slots__ if name in message})
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one request of a fan-out ended: done (with its run), failed or cancelled (with error and reason)."""
+
+    id: str
+    dag_id: str
+    dag_run_id: str
+    state: Literal["done", "failed", "cancelled"]
+    run: dict[str, Any] | None = None
+    error: str | None = None
+    reason: str | None = None
+
+    def to_message(self) -> dict[str, Any]:
+        """Return it as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_message(cls, message: Mapping[str, Any]) -> Outcome:
+        """Return the outcome in a result; fields of a newer release are left out."""
         return cls(**{name: message[name] for name in cls.__slots__ if name in message})
 
 
@@ -471,5 +845,8 @@ def json_schema() -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Dagrelay messages",
         "version": VERSION,
-        "tasks": {TRIGGER_DAG: TriggerRequest.model_json_schema()},
+        "tasks": {
+            TRIGGER_DAG: TriggerRequest.model_json_schema(),
+            POLL_EXTERNAL_JOB: PollRequest.model_json_schema(),
+        },
     }

@@ -9,7 +9,8 @@ the very class that the worker raised.
     DagrelayError
     ├── ConfigurationError        a setting is missing or wrong: mend the environment
     ├── InvalidRequest            the request is wrong by its form: mend the call
-    │   └── ConnectionNotConfigured   it names an Airflow that the worker does not know
+    │   ├── ConnectionNotConfigured   it names an Airflow that the worker does not know
+    │   └── ServiceNotConfigured      it names a service that the worker does not know, or another host
     ├── NotSupportedYet           this release declares it and cannot do it yet
     ├── BrokerUnavailable         Redis did not take it, or did not say: send again with the same key
     ├── ResultError
@@ -18,6 +19,15 @@ the very class that the worker raised.
     │   └── RequestUnknown        no such id was ever accepted here, or its record is gone
     ├── RequestCancelled          somebody cancelled it, or it expired before it could start
     ├── TaskFailed                it failed in a way that this release has no class for
+    ├── FanOutBroken              a part of a fan-out was lost: it can never complete
+    ├── ExternalJobError
+    │   ├── ServiceUnavailable    no usable answer: asked again; never the end of a request
+    │   ├── SubmitRejected        the service refused to start the job, in its own words
+    │   ├── SubmitUnknown         the answer to the submission was lost, and the job is not to be found
+    │   ├── ExternalJobFailed     the job failed, in the service's words
+    │   │   └── ExternalJobGone   the service has no such job any more
+    │   ├── ExternalJobOverdue    timeout_s passed, and the job had not ended
+    │   └── ExternalJobUnreadable the looks failed, or answered nonsense, more often than max_errors
     └── AirflowError
         ├── AirflowUnavailable    no usable answer: retried; it ends a request as GaveUp at the earliest
         ├── CredentialsRefused    the connection is wrong, not the request: the connection is held
@@ -27,6 +37,9 @@ the very class that the worker raised.
         ├── RunConflict           the run id is taken by a run with another conf or logical date
         ├── RunExists             the run exists, and the request said if_exists="fail"
         ├── LogicalDateTaken      another run of the DAG has this logical date
+        ├── DagRunFailed          with wait=True: the run failed
+        ├── DagRunGone            with wait=True: the run was deleted before it ended
+        ├── DagRunOverdue         with wait=True: wait_timeout_s passed, and the run had not ended
         ├── GaveUp                give_up_after_s passed, and no run was made
         └── OutcomeUnknown        give_up_after_s passed after an answer was lost: a run may exist
 """
@@ -73,6 +86,23 @@ class ConnectionNotConfigured(InvalidRequest):
         return (
             f"connection {self.connection!r} is not configured in the worker: "
             f"set AIRFLOW_CONN_{self.connection.upper()} there, or name another connection"
+        )
+
+
+class ServiceNotConfigured(InvalidRequest):
+    """The request names a service that the worker does not have, or a URL that is not that service's."""
+
+    def __init__(self, service: str, problem: str = "") -> None:
+        super().__init__(service)
+        self.args = (service, problem)
+        self.service, self.problem = service, problem
+
+    def __str__(self) -> str:
+        if self.problem:
+            return f"service {self.service!r}: {self.problem}"
+        return (
+            f"service {self.service!r} is not configured in the worker: "
+            f"set DAGRELAY_SERVICE_{self.service.upper()} there, or name another service"
         )
 
 
@@ -157,6 +187,110 @@ class TaskFailed(DagrelayError):
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.words}"
+
+
+class FanOutBroken(DagrelayError):
+    """A part of a fan-out was lost from Redis, or its bookkeeping was: it can never complete by itself."""
+
+    def __init__(self, fan_out_id: str, missing: int, reason: str) -> None:
+        super().__init__(fan_out_id, missing, reason)
+        self.fan_out_id, self.missing, self.reason = fan_out_id, missing, reason
+
+    def __str__(self) -> str:
+        return (
+            f"fan-out {self.fan_out_id} can never complete ({self.reason}): {self.missing} of its requests have "
+            "no outcome; send those again with the same keys"
+        )
+
+
+class ExternalJobError(DagrelayError):
+    """An outside service, or the way to it, is the cause."""
+
+
+class ServiceUnavailable(ExternalJobError):
+    """The service did not answer, or asked us to come back later, or answered nonsense. Asked again.
+
+    `unsure` is true when the request may have reached it: what was asked for may have been done. `counts` is
+    false for what is no error of the service's: 429.
+    """
+
+    def __init__(
+        self, reason: str, retry_after_s: float | None = None, unsure: bool = True, counts: bool = True
+    ) -> None:
+        super().__init__(reason, retry_after_s, unsure, counts)
+        self.reason, self.retry_after_s, self.unsure, self.counts = reason, retry_after_s, unsure, counts
+
+    def __str__(self) -> str:
+        return f"the service is unavailable: {self.reason}"
+
+
+class SubmitRejected(ExternalJobError):
+    """The service refused to start the job. `words` are its own, at most 200 bytes, secrets masked."""
+
+    def __init__(self, service: str, status: int, words: str) -> None:
+        super().__init__(service, status, words)
+        self.service, self.status, self.words = service, status, words
+
+    def __str__(self) -> str:
+        return f"service {self.service!r} refused to start the job ({self.status}): {self.words}"
+
+
+class SubmitUnknown(ExternalJobError):
+    """The answer to the submission was lost, and a second job is not to be started: it may exist or not."""
+
+    def __init__(self, service: str, reference: str, reason: str) -> None:
+        super().__init__(service, reference, reason)
+        self.service, self.reference, self.reason = service, reference, reason
+
+    def __str__(self) -> str:
+        return (
+            f"whether service {self.service!r} has started the job is unknown (our reference: "
+            f"{self.reference}): {self.reason}; look there before sending it again"
+        )
+
+
+class ExternalJobFailed(ExternalJobError):
+    """The job ended in one of the failure states. `words` are the service's own, as `reason` found them."""
+
+    def __init__(self, service: str, job_id: str | None, state: str, words: str = "") -> None:
+        super().__init__(service, job_id, state, words)
+        self.service, self.job_id, self.state, self.words = service, job_id, state, words
+
+    def __str__(self) -> str:
+        because = f": {self.words}" if self.words else ""
+        return f"job {self.job_id!r} of service {self.service!r} ended as {self.state!r}{because}"
+
+
+class ExternalJobGone(ExternalJobFailed):
+    """The service has no such job any more: how it ended cannot be known."""
+
+    def __str__(self) -> str:
+        return f"job {self.job_id!r} of service {self.service!r} is gone ({self.state}): {self.words}"
+
+
+class ExternalJobOverdue(ExternalJobError):
+    """`timeout_s` passed and the job had not ended; `state` is the last that was seen."""
+
+    def __init__(self, service: str, job_id: str | None, after_s: float, state: str = "") -> None:
+        super().__init__(service, job_id, after_s, state)
+        self.service, self.job_id, self.after_s, self.state = service, job_id, after_s, state
+
+    def __str__(self) -> str:
+        last = f" (last state: {self.state!r})" if self.state else " (no state was ever seen)"
+        return (
+            f"job {self.job_id!r} of service {self.service!r} had not ended after {self.after_s:.0f} s{last}"
+        )
+
+
+class ExternalJobUnreadable(ExternalJobError):
+    """What the service answers cannot be used. `field` names the part: state, result, job_id, or answer."""
+
+    def __init__(self, service: str, job_id: str | None, field: str, words: str) -> None:
+        super().__init__(service, job_id, field, words)
+        self.service, self.job_id, self.field, self.words = service, job_id, field, words
+
+    def __str__(self) -> str:
+        return f"job {self.job_id!r} of service {self.service!r}: {self.field}: {self.words}"
 
 
 class AirflowError(DagrelayError):
@@ -260,6 +394,48 @@ class LogicalDateTaken(AirflowError):
         return (
             f"logical date {self.logical_date} of DAG {self.dag_id!r} is taken{by}: "
             "name another date, or none"
+        )
+
+
+class DagRunFailed(AirflowError):
+    """With wait=True: the run failed. `url` leads to it in Airflow's user interface."""
+
+    def __init__(self, dag_id: str, dag_run_id: str, url: str | None = None) -> None:
+        super().__init__(dag_id, dag_run_id, url)
+        self.dag_id, self.dag_run_id, self.url = dag_id, dag_run_id, url
+
+    def __str__(self) -> str:
+        where = f": {self.url}" if self.url else ""
+        return f"run {self.dag_run_id!r} of DAG {self.dag_id!r} failed{where}"
+
+
+class DagRunGone(AirflowError):
+    """With wait=True: the run was deleted in Airflow before its end was seen."""
+
+    def __init__(self, dag_id: str, dag_run_id: str) -> None:
+        super().__init__(dag_id, dag_run_id)
+        self.dag_id, self.dag_run_id = dag_id, dag_run_id
+
+    def __str__(self) -> str:
+        return f"run {self.dag_run_id!r} of DAG {self.dag_id!r} does not exist any more: somebody deleted it"
+
+
+class DagRunOverdue(AirflowError):
+    """With wait=True: `wait_timeout_s` passed. The run exists and goes on, unless `stopped`."""
+
+    def __init__(
+        self, dag_id: str, dag_run_id: str, after_s: float, url: str | None = None, stopped: bool = False
+    ) -> None:
+        super().__init__(dag_id, dag_run_id, after_s, url, stopped)
+        self.dag_id, self.dag_run_id, self.after_s = dag_id, dag_run_id, after_s
+        self.url, self.stopped = url, stopped
+
+    def __str__(self) -> str:
+        then = "it was set to failed" if self.stopped else "it goes on"
+        where = f": {self.url}" if self.url else ""
+        return (
+            f"run {self.dag_run_id!r} of DAG {self.dag_id!r} had not ended after {self.after_s:.0f} s; "
+            f"{then}{where}"
         )
 
 
