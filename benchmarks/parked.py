@@ -63,7 +63,11 @@ def park(client: redis.Redis, keys: Keys, due: Iterable[tuple[str, float, bytes]
     pipe = client.pipeline(transaction=False)
     client.script_load(PARK.lua)
     for number, (task_id, at, each) in enumerate(due, 1):
-        PARK(pipe, (keys.parked, keys.due, keys.held("")), (task_id, f"{at:.6f}", 0, queue, each, ""))
+        PARK(
+            pipe,
+            (keys.parked, keys.due, keys.held(""), keys.cancelled),
+            (task_id, f"{at:.6f}", 0, queue, each, ""),
+        )
         if number % 2000 == 0:
             pipe.execute()
     pipe.execute()

@@ -31,8 +31,11 @@ from redis.exceptions import RedisError
 from producers.contract import shown_message
 from producers.errors import ConfigurationError, DagrelayError
 from producers.stores.records import Records
+from producers.stores.waits import Waits
 
-from .event_batches import EventBatches
+from . import waiting
+from .event_batches import EventBatches, tell
+from .redis_transport import Channel
 from .redis_transport import worker as redis_transport_worker
 from .results import NotHandedOver, RecordedBackend
 from .settings import settings
@@ -54,8 +57,9 @@ class RelayRequest(Request):
         self._argsrepr, self._kwargsrepr = "()", shown
         # The trace that logs the outcome reads these.
         self._request_dict["argsrepr"], self._request_dict["kwargsrepr"] = "()", shown
-        # The end of a request is written with its result: also for a caller who has no use for the result.
-        self._ignore_result = self._request_dict["ignore_result"] = False
+        if self._task.recorded:
+            # The end of a request is written with its result: also for a caller who has no use for the result.
+            self._ignore_result = self._request_dict["ignore_result"] = False
 
     def reject(self, requeue: bool = False) -> None:
         """Leave a message that is to come back unacknowledged; reject the others as Celery does.
@@ -80,6 +84,8 @@ class RelayRequest(Request):
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
         try:
             self._task.on_revoked(self)
+            # Flower takes a state of ours (WAITING) for later than REVOKED, unless there is a retry between.
+            tell("task-retried", uuid=self.id)
             super()._announce_revoked(reason, terminated, signum, expired)
         except (NotHandedOver, RedisError) as exc:  # outside a pool, where nobody would catch it
             log.warning("revocation not written task_id=%s: %s", self.id, exc)
@@ -94,6 +100,8 @@ class RelayTask(Task[Any, Any]):
     acks_late = True
     max_retries = None  # a deadline ends a request, never a count
     shared = False
+    recorded = True
+    """Whether its messages are requests, each with a record of its own, or a worker's own affair."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run it. What it could not read from Redis or write there leaves its message unacknowledged."""
@@ -177,6 +185,7 @@ def _make_app() -> Celery[Any]:
     made = Celery("dagrelay", task_cls=RelayTask, set_as_current=True)
     made.config_from_object("celeryconfig")
     redis_transport_worker.install(made)
+    Channel.park_waiting = staticmethod(waiting.park)
     made.steps["consumer"].add(EventBatches)
     return made
 
@@ -197,6 +206,11 @@ def backend() -> RecordedBackend:
 def records() -> Records:
     """Return the records in the worker's Redis."""
     return Records(store_client())
+
+
+def waits() -> Waits:
+    """Return what waits in the worker's Redis."""
+    return Waits(store_client())
 
 
 @signals.setup_logging.connect

@@ -16,12 +16,25 @@ MOST: Final = 2000
 others that want to say something wait for it."""
 
 
+_dispatcher: Any = None
+
+
+def tell(kind: str, **fields: Any) -> None:
+    """Send an event about a task beside those that Celery sends, where this process may: in a worker's own
+    process, with events enabled. What is not sent is lost, as events are."""
+    dispatcher = _dispatcher
+    if dispatcher is not None and dispatcher.enabled:
+        dispatcher.send(kind, **fields)
+
+
 class EventBatches(bootsteps.StartStopStep):
     """Publish the events of tasks every `EVERY_S`, where there are any."""
 
     requires = ("celery.worker.consumer.events:Events",)
 
     def start(self, consumer: Any) -> None:
+        global _dispatcher
+        _dispatcher = consumer.event_dispatcher
         self._hub, self._dispatcher = consumer.hub, consumer.event_dispatcher
         self._waiting = False
         if self._hub is not None and self._dispatcher is not None:
@@ -29,6 +42,8 @@ class EventBatches(bootsteps.StartStopStep):
             self._dispatcher.on_send_buffered = self._on_buffered
 
     def stop(self, consumer: Any) -> None:
+        global _dispatcher
+        _dispatcher = None
         if getattr(self, "_waiting", False):
             self._flush()
 

@@ -14,6 +14,15 @@ attempts        worker       attempts that asked Airflow and are over, the last 
 retried         worker       the number of the newest retry that is in Redis; older copies are stale
 next_at         worker       when the next attempt is due
 unsure          worker       1 once an answer was lost: a run may exist
+waits_for       worker       what it waits for, where that is more than its time (see `waits`)
+waiting_since   worker       since when, for the first time
+look            worker       the group of looks that follow it; empty for none
+seen            worker       the last state that a look saw, with progress
+errors          worker       how many looks in a row have failed, the last for `reason`
+job_id          worker       the id of the external job; reference is our name for it
+submitting_at   worker       when its submission was first tried
+submitted_at    worker       when its id was known
+cancel_by       both         who asked to cancel it
 missing_since   worker       since when Airflow says that the DAG is missing or broken
 held_s          worker       seconds spent waiting for a held connection
 reason          worker       why it waits, or why it ended so
@@ -157,6 +166,11 @@ else
   if ARGV[6] == '1' then redis.call('HDEL', record, 'error', 'error_args') end
   redis.call('HDEL', record, 'next_at')
   redis.call('EXPIRE', record, ARGV[5])
+  local waited = redis.call('HMGET', record, 'waits_for', 'look', 'cancel_by')
+  local id = string.sub(record, 17)
+  if waited[1] then redis.call('DEL', 'dagrelay:seen:' .. id) end
+  if waited[2] and waited[2] ~= '' then redis.call('ZREM', 'dagrelay:looks:' .. waited[2], id) end
+  if waited[3] then redis.call('ZREM', 'dagrelay:cancelled', id) end
 end
 redis.call('PUBLISH', result, ARGV[1])
 return 1
@@ -188,6 +202,18 @@ class Record:
     run: dict[str, Any] | None = None
     ended_at: float | None = None
     corrected_at: float | None = None
+    waits_for: str | None = None
+    waiting_since: float | None = None
+    seen: str | None = None
+    progress: str | None = None
+    errors: int = 0
+    job_id: str | None = None
+    reference: str | None = None
+    submitting_at: float | None = None
+    submitted_at: float | None = None
+    cancel_by: str | None = None
+    service: str | None = None
+    fan_out: str | None = None
 
     @property
     def ended(self) -> bool:
@@ -304,6 +330,18 @@ class Records:
             held_s=float(found.get("held_s", 0)),
             error_args=json.loads(found["error_args"]) if found.get("error_args") else None,
             run=json.loads(found["run"]) if found.get("run") else None,
+            waits_for=found.get("waits_for"),
+            waiting_since=_number(found.get("waiting_since")),
+            seen=found.get("seen"),
+            progress=found.get("progress"),
+            errors=int(found.get("errors") or 0),
+            job_id=found.get("job_id"),
+            reference=found.get("reference"),
+            submitting_at=_number(found.get("submitting_at")),
+            submitted_at=_number(found.get("submitted_at")),
+            cancel_by=found.get("cancel_by"),
+            service=found.get("service"),
+            fan_out=found.get("fan_out"),
         )
 
 

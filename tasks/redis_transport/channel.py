@@ -433,6 +433,7 @@ class Pump:
         self.line = Line(channel.own_pool())
         self.lot = Lot(self.line, channel.keys)
         self.next_at = 0.0
+        self.cancels, self.cancels_until = 0, 0.0
         self.closed = False
         if register_after_fork is not None:
             register_after_fork(self, Pump._after_fork)
@@ -445,7 +446,11 @@ class Pump:
         now = time.monotonic()
         if self.closed or now < self.next_at:
             return
-        count, next_in, workers = self.lot.move_due(MOST_A_MOVE)
+        count, next_in, workers, cancels = self.lot.move_due(MOST_A_MOVE)
+        if cancels != self.cancels:
+            ids, self.cancels_until = self.lot.cancelled(self.cancels_until)
+            worker_state.revoked.update(ids)
+            self.cancels = cancels
         if count >= MOST_A_MOVE:
             self.loop.call_soon(self.pump)
             return
@@ -531,6 +536,11 @@ class Channel(kombu_redis.Channel):
 
     namespace = "redis_transport"
     accept: tuple[str, ...] = ("application/json",)
+    park_waiting: Callable[..., str] | None = None
+    """Called with (client, task id, retries, queue list, message, header `parked_wait`) for a published message
+    that has this header; it parks the message in one script and returns what that says. Set it as a static
+    method."""
+
     timezone: str | tzinfo = "UTC"
     """That of an eta without one: as `app.timezone` is for Celery. `worker.install` sets it so."""
 
@@ -648,7 +658,10 @@ class Channel(kombu_redis.Channel):
             return sum(pipe.execute())
 
     def _put(self, queue: str, message: dict[str, Any], **kwargs: Any) -> Any:
-        """Publish a message, or park it when it is not due yet."""
+        """Publish a message, or park it when it is not due yet, or waits for something."""
+        waits = message.get("headers", {}).pop("parked_wait", None)
+        if waits is not None and self.park_waiting is not None:
+            return self._put_waiting(queue, message, waits)
         due = messages.eta_of(message, self.zone)
         if due is None:
             return super()._put(queue, message, **kwargs)
@@ -662,7 +675,24 @@ class Channel(kombu_redis.Channel):
         )
         if answer == "stale":
             log.warning("an older copy of a parked task was not published task_id=%s", headers["id"])
+        elif answer == "cancelled":
+            self.client.lpush(key, messages.revoked(encoded))
         return None
+
+    def _put_waiting(self, queue: str, message: dict[str, Any], waits: Any) -> None:
+        """Park a message that waits for more than its time, as the application's hook does it."""
+        headers = message["headers"]
+        key = self.keys.queue(queue, self.priority(self._get_message_priority(message, reverse=False)))
+        readable = messages.Readable(message, None, headers["id"], headers.get("retries") or 0, None, None)
+        headers["eta"], headers["waiting"] = None, True
+        encoded = messages.compact(readable)
+        answer = type(self).park_waiting(
+            redis.Redis(connection_pool=self.pool), headers["id"], readable.retries, key, encoded, waits
+        )
+        if answer == "cancelled":
+            self.client.lpush(key, messages.revoked(encoded))
+        elif answer in ("stale", "ended"):
+            log.info("an older copy of a waiting task was not parked task_id=%s: %s", headers["id"], answer)
 
     def feed(self, loop: Any) -> None:
         """Serve this channel's queues from an event loop."""
@@ -723,7 +753,9 @@ class Channel(kombu_redis.Channel):
             held="" if self.stock else self.hand.held_key,
             tag="" if self.stock else tag,
         )
-        if answer == "due":
+        if answer == "cancelled" and readable.task_id:
+            worker_state.revoked.add(readable.task_id)
+        if answer in ("due", "cancelled"):
             return True
         if not self.stock:
             self.hand.drop(tag)

@@ -78,6 +78,16 @@ class Keys:
         return self._own("due")
 
     @property
+    def cancelled(self) -> str:
+        """Sorted set: task id → when somebody asked to cancel it."""
+        return self._own("cancelled")
+
+    @property
+    def cancels(self) -> str:
+        """Counter of such wishes: by it workers see that there is a new one."""
+        return self._own("cancels")
+
+    @property
     def quarantine(self) -> str:
         """Hash: number → JSON of a message that no worker can read, where it lay, and why."""
         return self._own("quarantine")

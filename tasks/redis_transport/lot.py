@@ -56,17 +56,27 @@ class Lot:
         """Park one message until `due`; see the script PARK for what is returned."""
         answer = scripts.PARK(
             self._client,
-            (self._keys.parked, self._keys.due, held or self._keys.held("")),
+            (self._keys.parked, self._keys.due, held or self._keys.held(""), self._keys.cancelled),
             (task_id, f"{due:.6f}", retries, queue_key, message, tag),
         )
         return _text(answer)
 
-    def move_due(self, most: int = 1000) -> tuple[int, float | None, int]:
-        """Bring back what is due; return how many, in how many seconds the next is, and how many workers."""
-        count, next_in, workers = scripts.MOVE(
-            self._client, (self._keys.parked, self._keys.due, self._keys.leases), (most,)
+    def move_due(self, most: int = 1000) -> tuple[int, float | None, int, int]:
+        """Bring back what is due; return how many, in how many seconds the next is, how many workers there are,
+        and how often a cancel was asked for so far."""
+        keys = self._keys
+        count, next_in, workers, cancels = scripts.MOVE(
+            self._client, (keys.parked, keys.due, keys.leases, keys.cancels), (most,)
         )
-        return int(count), float(next_in) if next_in else None, int(workers)
+        return int(count), float(next_in) if next_in else None, int(workers), int(cancels)
+
+    def cancelled(self, since: float = 0.0) -> tuple[list[str], float]:
+        """Return the tasks that somebody asked to cancel since then, and until when this tells."""
+        found = self._client.execute_command(
+            "ZRANGE", self._keys.cancelled, f"({since:.6f}", "+inf", "BYSCORE", "WITHSCORES"
+        )
+        flat = [item for entry in found for item in entry] if found and isinstance(found[0], list) else found
+        return [_text(one) for one in flat[::2]], float(flat[-1]) if flat else since
 
     def is_stale(self, task_id: str, retries: int, held: str, tag: int) -> bool:
         """Tell whether a newer copy of a task waits; the one with this tag is dropped then."""

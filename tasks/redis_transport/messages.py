@@ -123,6 +123,31 @@ def encoded(readable: Readable) -> bytes:
     return json.dumps(readable.envelope).encode()
 
 
+def compact(readable: Readable) -> bytes:
+    """Return the message as bytes that may lie in Redis for long: a third smaller, and the same to Celery.
+
+    Headers that say nothing are left out, and the body is text and no base64.
+    """
+    envelope = readable.envelope
+    headers = envelope["headers"]
+    envelope["headers"] = {
+        name: value
+        for name, value in headers.items()
+        if value not in (None, [], {}) and value != [None, None]
+    }
+    properties = envelope.get("properties") or {}
+    if properties.get("body_encoding") == "base64" and isinstance(envelope.get("body"), str):
+        try:
+            envelope["body"] = base64.b64decode(envelope["body"]).decode()
+        except ValueError:
+            pass
+        else:
+            envelope["properties"] = {
+                name: value for name, value in properties.items() if name != "body_encoding"
+            }
+    return json.dumps(envelope, separators=(",", ":")).encode()
+
+
 def revoked(raw: bytes) -> bytes:
     """Return a parked message marked as revoked: the worker that gets it lets Celery end it so."""
     envelope = json.loads(raw)

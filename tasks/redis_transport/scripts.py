@@ -223,10 +223,11 @@ return {owner, back, more}
 """
 )
 
-# KEYS: parked, due, held. ARGV: task id, due (seconds since 1970), retries, queue list, message without its
+# KEYS: parked, due, held, cancelled. ARGV: task id, due (seconds since 1970), retries, queue list, message without its
 # eta, tag ('' when it is published, and not claimed). Returns parked, due (claimed, and runnable now), queued
-# (published, and runnable now), stale (a newer copy of the task waits already; this one is dropped), or gone
-# (claimed, but not held any more: the lease had run out, and the message is somebody else's).
+# (published, and runnable now), stale (a newer copy of the task waits already; this one is dropped), gone
+# (claimed, but not held any more: the lease had run out, and the message is somebody else's), or cancelled
+# (somebody asked to cancel the task; nothing was done).
 PARK: Final = Script(
     _NOW
     + """
@@ -237,6 +238,7 @@ if there and tonumber(string.sub(there, 1, string.find(there, '\\0', 1, true) - 
   if tag ~= '' then redis.call('HDEL', KEYS[3], tag) end
   return 'stale'
 end
+if redis.call('ZSCORE', KEYS[4], id) then return 'cancelled' end
 if due <= now then
   if tag == '' then redis.call('LPUSH', ARGV[4], ARGV[5]) end
   if there then  -- an older copy, which this one replaces
@@ -253,8 +255,8 @@ return 'parked'
 """
 )
 
-# KEYS: parked, due, leases. ARGV: how many at the most. Returns how many came back to their queues, in how
-# many seconds the next is due ('' for none), and how many workers there are.
+# KEYS: parked, due, leases, cancels. ARGV: how many at the most. Returns how many came back to their queues, in
+# how many seconds the next is due ('' for none), how many workers there are, and how often a cancel was asked.
 MOVE: Final = Script(
     _NOW
     + """
@@ -272,7 +274,8 @@ for _, id in ipairs(ids) do
   redis.call('ZREM', KEYS[2], id)
 end
 local next_ = redis.call('ZRANGE', KEYS[2], 0, 0, 'WITHSCORES')
-return {#ids, next_[2] and string.format('%.3f', next_[2] - now) or '', redis.call('ZCARD', KEYS[3])}
+return {#ids, next_[2] and string.format('%.3f', next_[2] - now) or '', redis.call('ZCARD', KEYS[3]),
+  redis.call('GET', KEYS[4]) or '0'}
 """
 )
 

@@ -410,7 +410,7 @@ class Model:
 
     def move_due(self) -> None:
         most = self.rng.choice((1, 2, 1000))
-        count, next_in, workers = self.lot.move_due(most)
+        count, next_in, workers, _ = self.lot.move_due(most)
         assert count == min(most, len(self.due))
         assert workers == len({*self.known()} - self.gone)
         moved = [n for n in self.due if not self.redis.hexists(KEYS.parked, self.facts[n][0])]

@@ -1,0 +1,530 @@
+"""What waits in Redis for something other than its time: looks, wake keys, observations, cancels.
+
+A waiting task is a parked message of the workers' transport (`dagrelay:parked`, `dagrelay:due`: its deadline)
+and its record (state ``waiting``). Beside them:
+
+============================ =============================================================================
+key                          what
+============================ =============================================================================
+``dagrelay:looks:<group>``   sorted set: task id → when it is looked at next. One for each service and Airflow
+``dagrelay:seen:<task id>``  list: observations (JSON; ``null``: go and look) which the task has not read yet
+``dagrelay:wake:<key>``      set: the ids of the tasks which that key wakes
+``dagrelay:history:<id>``    list: what happened to a request, one line each: instant, space, words
+``dagrelay:cancelled``       sorted set: task id → when somebody asked to cancel it
+``dagrelay:cancels``         counter of such wishes, by which workers see that there is a new one
+============================ =============================================================================
+
+**Epochs.** Each wait of a task has a number, the retries of its parked message, also kept in the record
+(``retried``). A look holds a token, the score that its lease has in the sorted set: what it reports counts
+only while the task is parked in the same epoch and the token is still there. So a late look changes nothing,
+and one that is done twice counts once.
+
+**The mailbox** is ``seen``: a wake writes there whether the task is parked or not, and WAIT sends a message
+straight back to its queue while there is something that the task has not read. So a wake between the
+registration of a key and the park is not lost.
+
+Every script is one step, by Redis' clock, and builds the names of a task's own keys itself: no Cluster.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from .records import KEEP_S, Script
+
+if TYPE_CHECKING:
+    from redis import Redis
+
+PARKED: Final = "dagrelay:parked"
+DUE: Final = "dagrelay:due"
+CANCELLED: Final = "dagrelay:cancelled"
+CANCELS: Final = "dagrelay:cancels"
+
+MAX_SEEN: Final = 1000
+"""Observations kept for a task that does not come to read them; the newest go."""
+
+MAX_HISTORY: Final = 100
+
+
+def looks_key(group: str) -> str:
+    """Return the sorted set of a group's looks: `service:<id>` or `airflow:<connection>`."""
+    return f"dagrelay:looks:{group}"
+
+
+def seen_key(task_id: str) -> str:
+    """Return the list of what a task has not read yet."""
+    return f"dagrelay:seen:{task_id}"
+
+
+def wake_key(key: str) -> str:
+    """Return the set of the tasks that `key` wakes."""
+    return f"dagrelay:wake:{key}"
+
+
+def history_key(task_id: str) -> str:
+    """Return the list of what happened to a request."""
+    return f"dagrelay:history:{task_id}"
+
+
+_COMMON = (
+    """
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1e6
+local now_text = string.format('%.6f', now)
+local function ended(state) return state == 'done' or state == 'failed' or state == 'cancelled' end
+local function note(id, words)
+  local key = 'dagrelay:history:' .. id
+  redis.call('RPUSH', key, string.format('%.3f', now) .. ' ' .. words)
+  redis.call('LTRIM', key, -"""
+    + str(MAX_HISTORY)
+    + """, -1)
+  redis.call('EXPIRE', key, """
+    + str(KEEP_S)
+    + """)
+end
+local function epoch_of(value) return tonumber(string.sub(value, 1, string.find(value, '\\0', 1, true) - 1)) end
+local function send_on(id, value)
+  local a = string.find(value, '\\0', 1, true)
+  local b = string.find(value, '\\0', a + 1, true)
+  local c = string.find(value, '\\0', b + 1, true)
+  redis.call('LPUSH', string.sub(value, b + 1, c - 1), string.sub(value, c + 1))
+  redis.call('HDEL', 'dagrelay:parked', id)
+  redis.call('ZREM', 'dagrelay:due', id)
+end
+local function see(id, observation)
+  local key = 'dagrelay:seen:' .. id
+  if redis.call('RPUSH', key, observation) > """
+    + str(MAX_SEEN)
+    + """ then redis.call('RPOP', key) end
+  redis.call('EXPIRE', key, """
+    + str(KEEP_S)
+    + """)
+end
+"""
+)
+
+# Park a waiting task. KEYS: parked, due, record, seen, cancelled, the group's looks. ARGV: task id, deadline (seconds since 1970), epoch, queue list, message, how many observations it has read, seconds
+# until the first look, what it waits for, the group ('' for none), then pairs of the record's fields.
+# Returns parked; queued (there is something to read already, or the deadline is over); stale (a newer copy
+# waits or has run) or ended, and then nothing was done; cancelled, and then nothing was done either: the
+# message is to be sent on with its mark.
+WAIT: Final = Script(
+    _COMMON
+    + """
+local parked, due, record, seen = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local id, deadline, epoch, group = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[9]
+local known = redis.call('HMGET', record, 'state', 'retried', 'look')
+if ended(known[1]) then return 'ended' end
+if known[2] and tonumber(known[2]) > epoch then return 'stale' end
+local there = redis.call('HGET', parked, id)
+if there and epoch_of(there) > epoch then return 'stale' end
+if redis.call('ZSCORE', KEYS[5], id) then return 'cancelled' end
+redis.call('LTRIM', seen, ARGV[6], -1)
+if known[3] and known[3] ~= group and known[3] ~= '' then
+  redis.call('ZREM', 'dagrelay:looks:' .. known[3], id)
+end
+redis.call('HSET', record, 'state', 'waiting', 'retried', ARGV[3], 'waits_for', ARGV[8], 'look', group)
+redis.call('HSETNX', record, 'accepted_at', now_text)
+redis.call('HSETNX', record, 'due_at', now_text)
+redis.call('HSETNX', record, 'waiting_since', now_text)
+redis.call('HDEL', record, 'next_at', 'reason')
+redis.call('PERSIST', record)
+if #ARGV > 9 then redis.call('HSET', record, unpack(ARGV, 10)) end
+if deadline <= now or redis.call('LLEN', seen) > 0 then
+  redis.call('LPUSH', ARGV[4], ARGV[5])
+  redis.call('HDEL', parked, id)
+  redis.call('ZREM', due, id)
+  if group ~= '' then redis.call('ZREM', KEYS[6], id) end
+  return 'queued'
+end
+redis.call('HSET', parked, id, ARGV[3] .. '\\0' .. string.format('%.3f', now) .. '\\0' .. ARGV[4] .. '\\0' .. ARGV[5])
+redis.call('ZADD', due, ARGV[2], id)
+if group ~= '' then redis.call('ZADD', KEYS[6], string.format('%.6f', now + ARGV[7]), id) end
+return 'parked'
+"""
+)
+
+# Register wake keys. KEYS: the sets. ARGV: task id, seconds for which they are to live at least.
+REGISTER: Final = Script("""
+for _, key in ipairs(KEYS) do
+  redis.call('SADD', key, ARGV[1])
+  local left = redis.call('TTL', key)
+  if left < tonumber(ARGV[2]) then redis.call('EXPIRE', key, ARGV[2]) end
+end
+return #KEYS
+""")
+
+# Wake by a key. KEYS: the key's set. ARGV: observation, by whom. Returns how many tasks were sent on, and for
+# how many it waits in their mailbox.
+WAKE_KEY: Final = Script(
+    _COMMON
+    + """
+local woken, mailed = 0, 0
+for _, id in ipairs(redis.call('SMEMBERS', KEYS[1])) do
+  local state = redis.call('HGET', 'dagrelay:record:' .. id, 'state')
+  if not state or ended(state) then
+    redis.call('SREM', KEYS[1], id)
+  else
+    see(id, ARGV[1])
+    local value = redis.call('HGET', 'dagrelay:parked', id)
+    if value then
+      send_on(id, value)
+      local group = redis.call('HGET', 'dagrelay:record:' .. id, 'look')
+      if group and group ~= '' then redis.call('ZREM', 'dagrelay:looks:' .. group, id) end
+      woken = woken + 1
+    else
+      mailed = mailed + 1
+    end
+    note(id, 'woken by ' .. ARGV[2])
+  end
+end
+return {woken, mailed}
+"""
+)
+
+# Wake by id. KEYS: none. ARGV: observation, by whom, ids. Returns the ids that were parked.
+WAKE: Final = Script(
+    _COMMON
+    + """
+local woken = {}
+for i = 3, #ARGV do
+  local id = ARGV[i]
+  local value = redis.call('HGET', 'dagrelay:parked', id)
+  if value then
+    local known = redis.call('HMGET', 'dagrelay:record:' .. id, 'state', 'waits_for', 'look')
+    if known[2] then see(id, ARGV[1]) end
+    send_on(id, value)
+    if known[3] and known[3] ~= '' then redis.call('ZREM', 'dagrelay:looks:' .. known[3], id) end
+    if known[1] then note(id, 'woken by ' .. ARGV[2]) end
+    woken[#woken + 1] = id
+  end
+end
+return woken
+"""
+)
+
+# Claim looks that are due. KEYS: the group's looks. ARGV: seconds of the lease, how many at the most, the
+# record's fields to return. Returns the token, then for each: id, seconds late, parked value, and the fields.
+CLAIM_LOOKS: Final = Script(
+    _COMMON
+    + """
+local ids = redis.call('ZRANGE', KEYS[1], '-inf', now, 'BYSCORE', 'LIMIT', 0, ARGV[2], 'WITHSCORES')
+local token = string.format('%.6f', now + ARGV[1])
+local answer = {token}
+for i = 1, #ids, 2 do
+  local id = ids[i]
+  local value = redis.call('HGET', 'dagrelay:parked', id)
+  if value then
+    redis.call('ZADD', KEYS[1], token, id)
+    answer[#answer + 1] = id
+    answer[#answer + 1] = string.format('%.3f', now - ids[i + 1])
+    answer[#answer + 1] = value
+    answer[#answer + 1] = redis.call('HMGET', 'dagrelay:record:' .. id, unpack(ARGV, 3))
+  else
+    redis.call('ZREM', KEYS[1], id)
+  end
+end
+return answer
+"""
+)
+
+# What looks saw. KEYS: the group's looks. ARGV: token, then for each look six: id, epoch, verb, seconds until
+# the next look, and two more. Verbs: `again` (nothing new); `changed` (state, progress); `error` (how many in
+# a row, reason); `wake` (observation, words for the history). Returns a text with 1 for each that counted, and 0
+# for each that came too late.
+REPORT: Final = Script(
+    _COMMON
+    + """
+local looks, token = KEYS[1], tonumber(ARGV[1])
+local counted = {}
+for i = 2, #ARGV, 6 do
+  local id, epoch, verb = ARGV[i], tonumber(ARGV[i + 1]), ARGV[i + 2]
+  local score = redis.call('ZSCORE', looks, id)
+  local value = score and tonumber(score) == token and redis.call('HGET', 'dagrelay:parked', id)
+  if value and epoch_of(value) == epoch then
+    local record = 'dagrelay:record:' .. id
+    if verb == 'wake' then
+      see(id, ARGV[i + 4])
+      send_on(id, value)
+      redis.call('ZREM', looks, id)
+      if ARGV[i + 5] ~= '' then note(id, ARGV[i + 5]) end
+    else
+      redis.call('ZADD', looks, string.format('%.6f', now + ARGV[i + 3]), id)
+      if verb == 'changed' then
+        local before = redis.call('HGET', record, 'seen')
+        redis.call('HSET', record, 'seen', ARGV[i + 4], 'progress', ARGV[i + 5])
+        redis.call('HDEL', record, 'errors', 'reason')
+        if before and before ~= ARGV[i + 4] then note(id, 'is ' .. ARGV[i + 4]) end
+      elseif verb == 'error' then
+        redis.call('HSET', record, 'errors', ARGV[i + 4], 'reason', ARGV[i + 5])
+      end
+    end
+    counted[#counted + 1] = '1'
+  else
+    counted[#counted + 1] = '0'
+  end
+end
+return table.concat(counted)
+"""
+)
+
+# KEYS: sorted sets of looks. Returns for each how many are due, and in how many seconds the next one is ('').
+DUE_LOOKS: Final = Script(
+    _COMMON
+    + """
+local answer = {}
+for _, key in ipairs(KEYS) do
+  local next_ = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')
+  local due = 0
+  if next_[2] and tonumber(next_[2]) <= now then due = redis.call('ZCOUNT', key, '-inf', now) end
+  answer[#answer + 1] = due
+  answer[#answer + 1] = next_[2] and string.format('%.3f', next_[2] - now) or ''
+end
+return answer
+"""
+)
+
+# KEYS: record, cancelled, cancels. ARGV: task id, by whom, seconds to keep the wish. Returns the state that
+# the record has ('' for none); nothing was done where it has ended.
+CANCEL: Final = Script(
+    _COMMON
+    + """
+local state = redis.call('HGET', KEYS[1], 'state')
+if ended(state) then return state end
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now - ARGV[3])
+if redis.call('ZADD', KEYS[2], 'NX', now_text, ARGV[1]) == 1 then
+  redis.call('INCR', KEYS[3])
+  if state then
+    redis.call('HSET', KEYS[1], 'cancel_by', ARGV[2])
+    note(ARGV[1], 'cancel asked by ' .. ARGV[2])
+  end
+end
+return state or ''
+"""
+)
+
+# KEYS: record. ARGV: task id, words ('' for none), then pairs of fields; an empty value deletes. Nothing is
+# done where the request has ended. Returns whether it was done.
+LEARN: Final = Script(
+    _COMMON
+    + """
+if ended(redis.call('HGET', KEYS[1], 'state')) then return 0 end
+redis.call('HSETNX', KEYS[1], 'state', 'accepted')
+redis.call('HSETNX', KEYS[1], 'accepted_at', now_text)
+redis.call('HSETNX', KEYS[1], 'due_at', now_text)
+for i = 3, #ARGV, 2 do
+  if ARGV[i + 1] == '' then redis.call('HDEL', KEYS[1], ARGV[i])
+  else redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1] == 'now' and now_text or ARGV[i + 1]) end
+end
+if ARGV[2] ~= '' then note(ARGV[1], ARGV[2]) end
+return 1
+"""
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """One parked task. Instants are seconds since 1970 by Redis' clock; `next_look_at` is None without looks."""
+
+    task_id: str
+    task: str
+    due_at: float
+    """When it comes back at the latest: the time of its next attempt, or the end of its waiting."""
+    since: float
+    epoch: int
+    waits_for: str
+    """What it waits for: `retry`, or in words."""
+    next_look_at: float | None = None
+    seen: str | None = None
+    """The last state that a look saw."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """One look that is to be done. `message` is the parked message, `facts` the record's fields asked for."""
+
+    task_id: str
+    late_s: float
+    epoch: int
+    message: bytes
+    facts: tuple[str | None, ...]
+
+
+Verb = Literal["again", "changed", "error", "wake"]
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one look saw: see REPORT."""
+
+    task_id: str
+    epoch: int
+    verb: Verb
+    next_in_s: float = 0.0
+    first: str = ""
+    second: str = ""
+
+
+class Waits:
+    """All that waits in one Redis. Every method raises what redis-py raises."""
+
+    def __init__(self, client: Redis) -> None:
+        self._client = client
+
+    # What callers and doors do
+
+    def wake(self, task_ids: Iterable[str], observation: Any = None, by: str = "hand") -> list[str]:
+        """Send parked tasks on early, with what was observed (None: go and look); return which were parked."""
+        ids = list(task_ids)
+        found = WAKE.run(self._client, (), (json.dumps(observation), by, *ids)) if ids else []
+        return [_text(one) for one in found]
+
+    def wake_by_key(self, key: str, observation: Any = None, by: str = "hand") -> tuple[int, int]:
+        """Wake what waits for a key; return how many were sent on, and how many will read it as they park."""
+        woken, mailed = WAKE_KEY.run(self._client, (wake_key(key),), (json.dumps(observation), by))
+        return int(woken), int(mailed)
+
+    def cancel(self, task_id: str, by: str = "hand") -> str:
+        """Ask for a task to be cancelled; return the state it is in, "" for one that is not on record.
+
+        One that has ended stays as it is. A parked one is sent on at once; what runs just now is not disturbed.
+        """
+        from .records import record_key
+
+        state = _text(
+            CANCEL.run(self._client, (record_key(task_id), CANCELLED, CANCELS), (task_id, by, KEEP_S))
+        )
+        if state not in ("done", "failed", "cancelled"):
+            self._send_on_cancelled(task_id)
+        return state
+
+    def _send_on_cancelled(self, task_id: str) -> None:
+        """Put the mark into a parked message and send it on; the worker that gets it ends it."""
+        while True:
+            value = self._client.hget(PARKED, task_id)
+            if value is None:
+                return
+            head, message = _bytes(value).rsplit(b"\0", 1)
+            if AMEND.run(self._client, (PARKED, DUE), (task_id, value, head + b"\0" + marked(message))):
+                return
+
+    def parked(self, most: int = 100, after: int = 0) -> Iterator[Waiting]:
+        """Yield parked tasks, those that come back first first."""
+        due = self._client.zrange(DUE, after, after + most - 1, withscores=True)
+        for raw_id, due_at in due:
+            found = self.get(_text(raw_id), float(due_at))
+            if found is not None:
+                yield found
+
+    def size(self) -> int:
+        """Return how many tasks are parked."""
+        return int(self._client.zcard(DUE))
+
+    def get(self, task_id: str, due_at: float | None = None) -> Waiting | None:
+        """Return one parked task, or None."""
+        from .records import record_key
+
+        value = self._client.hget(PARKED, task_id)
+        if value is None:
+            return None
+        epoch, since, _, message = _bytes(value).split(b"\0", 3)
+        known = self._client.hmget(record_key(task_id), ["waits_for", "look", "seen"])
+        waits_for, group, seen = [_text(one) if one is not None else None for one in known]
+        if due_at is None:
+            due_at = float(self._client.zscore(DUE, task_id) or 0.0)
+        look_at = self._client.zscore(looks_key(group), task_id) if group else None
+        headers = json.loads(message)["headers"]
+        waits = bool(waits_for) and headers.get("waiting") is not None
+        return Waiting(
+            task_id,
+            headers.get("task") or "",
+            due_at,
+            float(since),
+            int(epoch),
+            (waits_for or "") if waits else "retry" if headers.get("retries") else "its time",
+            float(look_at) if look_at is not None and waits else None,
+            seen,
+        )
+
+    def history(self, task_id: str) -> list[tuple[float, str]]:
+        """Return what happened to a request between its acceptance and its end: instants and words."""
+        found = []
+        for line in self._client.lrange(history_key(task_id), 0, -1):
+            at, _, words = _text(line).partition(" ")
+            found.append((float(at), words))
+        return found
+
+    # What workers do
+
+    def register(self, task_id: str, keys: Sequence[str], keep_s: float) -> None:
+        """Have these keys wake the task from now on."""
+        if keys:
+            REGISTER.run(self._client, [wake_key(key) for key in keys], (task_id, int(keep_s) + 60))
+
+    def observations(self, task_id: str) -> list[Any]:
+        """Return what the task has not read yet, in the order in which it was seen."""
+        return [json.loads(one) for one in self._client.lrange(seen_key(task_id), 0, -1)]
+
+    def learn(self, task_id: str, words: str = "", **fields: str) -> bool:
+        """Note fields of a request that has not ended ("" deletes, "now" is Redis' time), and words."""
+        from .records import record_key
+
+        pairs = [text for pair in fields.items() for text in pair]
+        return bool(LEARN.run(self._client, (record_key(task_id),), (task_id, words, *pairs)))
+
+    def claim_looks(
+        self, group: str, *, lease_s: float, most: int, facts: Sequence[str]
+    ) -> tuple[str, list[Claimed]]:
+        """Claim looks that are due; return the token and the looks."""
+        answer = CLAIM_LOOKS.run(self._client, (looks_key(group),), (lease_s, most, *facts))
+        claimed = []
+        for i in range(1, len(answer), 4):
+            epoch, _, _, message = _bytes(answer[i + 2]).split(b"\0", 3)
+            found = tuple(None if one is None else _text(one) for one in answer[i + 3])
+            claimed.append(Claimed(_text(answer[i]), float(answer[i + 1]), int(epoch), message, found))
+        return _text(answer[0]), claimed
+
+    def report(self, group: str, token: str, seen: Sequence[Seen]) -> list[bool]:
+        """Say what looks saw; return for each whether it counted."""
+        if not seen:
+            return []
+        args: list[Any] = [token]
+        for one in seen:
+            args += (one.task_id, one.epoch, one.verb, f"{one.next_in_s:.3f}", one.first, one.second)
+        return [digit == "1" for digit in _text(REPORT.run(self._client, (looks_key(group),), args))]
+
+    def due_looks(self, groups: Sequence[str]) -> list[tuple[int, float | None]]:
+        """Return for each group how many looks are due, and in how many seconds the next one is."""
+        answer = DUE_LOOKS.run(self._client, [looks_key(group) for group in groups], ()) if groups else []
+        return [
+            (int(answer[i]), float(answer[i + 1]) if answer[i + 1] else None)
+            for i in range(0, len(answer), 2)
+        ]
+
+
+# Replace a parked message and have it sent on. KEYS: parked, due. ARGV: task id, the value read, the new one.
+AMEND: Final = Script("""
+if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
+redis.call('HDEL', KEYS[1], '')  -- nothing: a deletion first, so that a full Redis lets it pass
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
+redis.call('ZADD', KEYS[2], 0, ARGV[1])
+return 1
+""")
+
+
+def marked(message: bytes) -> bytes:
+    """Return a parked message with the mark by which the worker that gets it lets Celery end it REVOKED."""
+    envelope = json.loads(message)
+    envelope["headers"]["parked_revoked"] = True
+    return json.dumps(envelope).encode()
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _bytes(value: Any) -> bytes:
+    return value if isinstance(value, bytes) else str(value).encode()
