@@ -53,7 +53,7 @@ request that meets the closing is one of which nobody knows whether it was done.
 SLACK_S: Final = 0.05
 """How much later than its deadline an exchange may be given up."""
 
-_HEADERS: Final = {
+PLAIN_HEADERS: Final = {
     "User-Agent": "dagrelay",
     "Accept": "application/json",
     # Compressing costs the API server more than the network gains.
@@ -62,6 +62,16 @@ _HEADERS: Final = {
 }
 
 _PATH = re.compile(r"/[!-~]*\Z")
+
+
+def is_path(text: str) -> bool:
+    """Tell whether a text can be a request's path: what begins with "/" and is printable ASCII."""
+    return _PATH.match(text) is not None
+
+
+def requests_ca_bundle() -> str:
+    """Return the CA certificates that requests trusts where nothing else is said."""
+    return str(requests.utils.DEFAULT_CA_BUNDLE_PATH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +171,7 @@ class HttpSender:
 
         A redirect is an answer like any other. ValueError if the path is none: that is a mistake in our code.
         """
-        if not _PATH.match(request.path):
+        if not is_path(request.path):
             raise ValueError(f"not a path: {request.path!r}")
         read_timeout_s = request.timeout_s if request.timeout_s is not None else self.read_timeout_s
         _exchange.begin(self.connect_timeout_s, read_timeout_s)
@@ -171,7 +181,7 @@ class HttpSender:
                 request.method,
                 channel.prefix + request.path,
                 body=request.body,
-                headers={**_HEADERS, **request.headers},
+                headers={**PLAIN_HEADERS, **request.headers},
                 retries=channel.retries,
                 timeout=urllib3.Timeout(connect=self.connect_timeout_s, read=read_timeout_s),
                 redirect=False,
