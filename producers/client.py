@@ -24,11 +24,12 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
-from .contract import QUEUE_TRIGGERS, TRIGGER_DAG, Asked, TriggerRequest
+from .contract import MAX_RESULT_BYTES, QUEUE_TRIGGERS, TRIGGER_DAG, Asked, TriggerRequest, conf_problem
 from .errors import BrokerUnavailable, ConfigurationError, DagrelayError, InvalidRequest
 from .handle import Handle
 from .settings import ProducerSettings, read_settings
 from .stores.records import Accepted, Record, Records
+from .stores.waits import Waits
 
 if TYPE_CHECKING:
     from celery.canvas import Signature
@@ -59,6 +60,8 @@ class RelayClient:
         self.listening = listen(self.settings)
         """For `Handle.get()`: each waiting thread holds a connection, for which no call must have to wait."""
         self.records = Records(self.redis)
+        self.waits = Waits(self.redis)
+        """What waits there. Its methods raise what redis-py raises; those of this class, BrokerUnavailable."""
 
     def enqueue(self, request: TriggerRequest, **options: Any) -> Handle:
         """Hand one request to the workers; return without waiting for them.
@@ -100,6 +103,16 @@ class RelayClient:
         """Return what is on record of a request, or None. Raises BrokerUnavailable."""
         with told_as_unavailable():
             return self.records.get(task_id)
+
+    def wake(self, key: str, observation: Any = None) -> int:
+        """Wake the tasks that wait for a key, and hand them what was observed; return how many there are.
+
+        One that is just about to wait reads it as it begins to. `observation` is any JSON; None says: go and
+        look yourself. Raises InvalidRequest, and BrokerUnavailable.
+        """
+        check_observation(observation)
+        with told_as_unavailable():
+            return sum(self.waits.wake_by_key(key, observation, by=self.settings.client_name))
 
     def _item(
         self,
@@ -280,6 +293,15 @@ _ENVELOPE: Final = re.sub(
         }
     ),
 )
+
+
+def check_observation(observation: Any) -> None:
+    """Raise InvalidRequest for what a woken task could not be handed: it lies in Redis until it is read."""
+    problem = conf_problem(observation, "observation")
+    if not problem and len(_as_json(observation).encode()) > MAX_RESULT_BYTES:
+        problem = f"observation is over the limit of {MAX_RESULT_BYTES} bytes as JSON"
+    if problem:
+        raise InvalidRequest(problem)
 
 
 def _queue_key(queue: str, priority: int) -> str:

@@ -110,6 +110,28 @@ class Handle:
         """Do as `get` does, without blocking the event loop."""
         return await asyncio.to_thread(self.get, timeout)
 
+    def cancel(self) -> str:
+        """Ask for the request to be cancelled; return the state that it is in, as `state` says it.
+
+        What has ended stays as it is. What waits is ended at once, by a worker, and what lies in a queue as
+        soon as a worker takes it. What runs just now is not disturbed: it ends as it would have, unless it
+        comes to wait or to try again; then it is cancelled. Afterwards `.get()` raises RequestCancelled. A
+        DAG run that exists goes on, unless the request says `stop_run=True`. Raises BrokerUnavailable.
+        """
+        from .client import told_as_unavailable
+
+        with told_as_unavailable():
+            return self._client.waits.cancel(self.id, by=self._client.settings.client_name) or "unknown"
+
+    def history(self) -> list[tuple[float, str]]:
+        """Return what happened to the request, beside what its record says: instants (seconds since 1970, by
+        Redis' clock) and words. Raises BrokerUnavailable.
+        """
+        from .client import told_as_unavailable
+
+        with told_as_unavailable():
+            return self._client.waits.history(self.id)
+
     def _look(self) -> dict[str, Any] | None:
         """Return the result as Celery keeps it, if it is an end."""
         raw = self._client.redis.get(RESULT_PREFIX + self.id)
