@@ -207,7 +207,8 @@ return woken
 )
 
 # Claim looks that are due. KEYS: the group's looks. ARGV: seconds of the lease, how many at the most, the
-# record's fields to return. Returns the token, then for each: id, seconds late, parked value, and the fields.
+# record's fields to return. Returns the token, then for each one text with NUL between its parts (to read one
+# text costs a client a tenth of reading ten): id, seconds late, the fields ('' for none), the parked value.
 CLAIM_LOOKS: Final = Script(
     _COMMON
     + """
@@ -219,10 +220,12 @@ for i = 1, #ids, 2 do
   local value = redis.call('HGET', 'dagrelay:parked', id)
   if value then
     redis.call('ZADD', KEYS[1], token, id)
-    answer[#answer + 1] = id
-    answer[#answer + 1] = string.format('%.3f', now - ids[i + 1])
-    answer[#answer + 1] = value
-    answer[#answer + 1] = redis.call('HMGET', 'dagrelay:record:' .. id, unpack(ARGV, 3))
+    local parts = {id, string.format('%.3f', now - ids[i + 1])}
+    for _, fact in ipairs(redis.call('HMGET', 'dagrelay:record:' .. id, unpack(ARGV, 3))) do
+      parts[#parts + 1] = fact or ''
+    end
+    parts[#parts + 1] = value
+    answer[#answer + 1] = table.concat(parts, '\0')
   else
     redis.call('ZREM', KEYS[1], id)
   end
@@ -231,8 +234,8 @@ return answer
 """
 )
 
-# What looks saw. KEYS: the group's looks. ARGV: token, then for each look six: id, epoch, verb, seconds until
-# the next look, and two more. Verbs: `again` (nothing new); `changed` (state, progress); `error` (how many in
+# What looks saw. KEYS: the group's looks. ARGV: token, then for each look one text, NUL between its six parts:
+# id, epoch, verb, seconds until the next look, and two more. Verbs: `again` (nothing new); `changed` (state, progress); `error` (how many in
 # a row, reason); `wake` (observation, words for the history). Returns a text with 1 for each that counted, and 0
 # for each that came too late.
 REPORT: Final = Script(
@@ -240,26 +243,28 @@ REPORT: Final = Script(
     + """
 local looks, token = KEYS[1], tonumber(ARGV[1])
 local counted = {}
-for i = 2, #ARGV, 6 do
-  local id, epoch, verb = ARGV[i], tonumber(ARGV[i + 1]), ARGV[i + 2]
+for i = 2, #ARGV do
+  local parts = {}
+  for text in string.gmatch(ARGV[i] .. '\0', '(%Z*)%z') do parts[#parts + 1] = text end
+  local id, epoch, verb = parts[1], tonumber(parts[2]), parts[3]
   local score = redis.call('ZSCORE', looks, id)
   local value = score and tonumber(score) == token and redis.call('HGET', 'dagrelay:parked', id)
   if value and epoch_of(value) == epoch then
     local record = 'dagrelay:record:' .. id
     if verb == 'wake' then
-      see(id, ARGV[i + 4])
+      see(id, parts[5])
       send_on(id, value)
       redis.call('ZREM', looks, id)
-      if ARGV[i + 5] ~= '' then note(id, ARGV[i + 5]) end
+      if parts[6] ~= '' then note(id, parts[6]) end
     else
-      redis.call('ZADD', looks, string.format('%.6f', now + ARGV[i + 3]), id)
+      redis.call('ZADD', looks, string.format('%.6f', now + parts[4]), id)
       if verb == 'changed' then
         local before = redis.call('HGET', record, 'seen')
-        redis.call('HSET', record, 'seen', ARGV[i + 4], 'progress', ARGV[i + 5])
+        redis.call('HSET', record, 'seen', parts[5], 'progress', parts[6])
         redis.call('HDEL', record, 'errors', 'reason')
-        if before and before ~= ARGV[i + 4] then note(id, 'is ' .. ARGV[i + 4]) end
+        if before and before ~= parts[5] then note(id, 'is ' .. parts[5]) end
       elseif verb == 'error' then
-        redis.call('HSET', record, 'errors', ARGV[i + 4], 'reason', ARGV[i + 5])
+        redis.call('HSET', record, 'errors', parts[5], 'reason', parts[6])
       end
     end
     counted[#counted + 1] = '1'
@@ -481,10 +486,10 @@ class Waits:
         """Claim looks that are due; return the token and the looks."""
         answer = CLAIM_LOOKS.run(self._client, (looks_key(group),), (lease_s, most, *facts))
         claimed = []
-        for i in range(1, len(answer), 4):
-            epoch, _, _, message = _bytes(answer[i + 2]).split(b"\0", 3)
-            found = tuple(None if one is None else _text(one) for one in answer[i + 3])
-            claimed.append(Claimed(_text(answer[i]), float(answer[i + 1]), int(epoch), message, found))
+        for text in answer[1:]:
+            raw_id, late, *rest, epoch, _, _, message = _bytes(text).split(b"\0", len(facts) + 5)
+            found = tuple(one.decode() if one else None for one in rest)
+            claimed.append(Claimed(raw_id.decode(), float(late), int(epoch), message, found))
         return _text(answer[0]), claimed
 
     def report(self, group: str, token: str, seen: Sequence[Seen]) -> list[bool]:
@@ -493,7 +498,8 @@ class Waits:
             return []
         args: list[Any] = [token]
         for one in seen:
-            args += (one.task_id, one.epoch, one.verb, f"{one.next_in_s:.3f}", one.first, one.second)
+            parts = (one.task_id, str(one.epoch), one.verb, f"{one.next_in_s:.3f}", one.first, one.second)
+            args.append("\0".join(part.replace("\0", " ") for part in parts))
         return [digit == "1" for digit in _text(REPORT.run(self._client, (looks_key(group),), args))]
 
     def due_looks(self, groups: Sequence[str]) -> list[tuple[int, float | None]]:
