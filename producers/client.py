@@ -61,7 +61,7 @@ class RelayClient:
         """For `Handle.get()`: each waiting thread holds a connection, for which no call must have to wait."""
         self.records = Records(self.redis)
         self.waits = Waits(self.redis)
-        """What waits there. Its methods raise what redis-py raises; those of this class, BrokerUnavailable."""
+        """What waits there. Its methods raise what redis-py raises, those of this class BrokerUnavailable."""
 
     def enqueue(self, request: TriggerRequest, **options: Any) -> Handle:
         """Hand one request to the workers; return without waiting for them.
