@@ -48,6 +48,9 @@ MAX_SEEN: Final = 1000
 
 MAX_HISTORY: Final = 100
 
+READ_AT_ONCE: Final = 50
+"""Parked messages that a listing reads in one step: each may be over a megabyte."""
+
 
 def looks_key(group: str) -> str:
     """Return the sorted set of a group's looks: `service:<id>` or `airflow:<connection>`."""
@@ -345,6 +348,12 @@ class Waiting:
     next_look_at: float | None = None
     seen: str | None = None
     """The last state that a look saw."""
+    progress: str | None = None
+    reason: str | None = None
+    """Why it waits, where an attempt or a look has failed."""
+    service: str | None = None
+    connection: str | None = None
+    dag_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -419,40 +428,58 @@ class Waits:
     def parked(self, most: int = 100, after: int = 0) -> Iterator[Waiting]:
         """Yield parked tasks, those that come back first first."""
         due = self._client.zrange(DUE, after, after + most - 1, withscores=True)
-        for raw_id, due_at in due:
-            found = self.get(_text(raw_id), float(due_at))
-            if found is not None:
-                yield found
+        for start in range(0, len(due), READ_AT_ONCE):
+            page = due[start : start + READ_AT_ONCE]
+            yield from self._read([(_text(raw_id), float(due_at)) for raw_id, due_at in page])
 
     def size(self) -> int:
         """Return how many tasks are parked."""
         return int(self._client.zcard(DUE))
 
-    def get(self, task_id: str, due_at: float | None = None) -> Waiting | None:
+    def get(self, task_id: str) -> Waiting | None:
         """Return one parked task, or None."""
+        due_at = self._client.zscore(DUE, task_id)
+        return None if due_at is None else next(self._read([(task_id, float(due_at))]), None)
+
+    def _read(self, due: Sequence[tuple[str, float]]) -> Iterator[Waiting]:
+        """Yield those of these tasks that are still parked, in two round trips."""
         from .records import record_key
 
-        value = self._client.hget(PARKED, task_id)
-        if value is None:
-            return None
-        epoch, since, _, message = _bytes(value).split(b"\0", 3)
-        known = self._client.hmget(record_key(task_id), ["waits_for", "look", "seen"])
-        waits_for, group, seen = [_text(one) if one is not None else None for one in known]
-        if due_at is None:
-            due_at = float(self._client.zscore(DUE, task_id) or 0.0)
-        look_at = self._client.zscore(looks_key(group), task_id) if group else None
-        headers = json.loads(message)["headers"]
-        waits = bool(waits_for) and headers.get("waiting") is not None
-        return Waiting(
-            task_id,
-            headers.get("task") or "",
-            due_at,
-            float(since),
-            int(epoch),
-            (waits_for or "") if waits else "retry" if headers.get("retries") else "its time",
-            float(look_at) if look_at is not None and waits else None,
-            seen,
-        )
+        facts = ("waits_for", "look", "seen", "progress", "reason", "service", "connection", "dag_id")
+        with self._client.pipeline(transaction=False) as pipe:
+            pipe.hmget(PARKED, [task_id for task_id, _ in due])
+            for task_id, _ in due:
+                pipe.hmget(record_key(task_id), facts)
+            answers: list[list[Any]] = pipe.execute()
+            values = answers[0]
+            known = [
+                dict(zip(facts, [None if one is None else _text(one) for one in row], strict=True))
+                for row in answers[1:]
+            ]
+            for (task_id, _), fact in zip(due, known, strict=True):
+                pipe.zscore(looks_key(fact["look"] or ""), task_id)
+            look_at = pipe.execute()
+        for (task_id, due_at), value, fact, at in zip(due, values, known, look_at, strict=True):
+            if value is None:
+                continue
+            epoch, since, _, message = _bytes(value).split(b"\0", 3)
+            headers = json.loads(message)["headers"]
+            waits = bool(fact["waits_for"]) and headers.get("waiting") is not None
+            yield Waiting(
+                task_id=task_id,
+                task=headers.get("task") or "",
+                due_at=due_at,
+                since=float(since),
+                epoch=int(epoch),
+                waits_for=(fact["waits_for"] or "") if waits else _otherwise(headers),
+                next_look_at=float(at) if at is not None and waits else None,
+                seen=fact["seen"],
+                progress=fact["progress"],
+                reason=fact["reason"],
+                service=fact["service"],
+                connection=fact["connection"],
+                dag_id=fact["dag_id"],
+            )
 
     def history(self, task_id: str) -> list[tuple[float, str]]:
         """Return what happened to a request between its acceptance and its end: instants and words."""
@@ -526,6 +553,11 @@ def marked(message: bytes) -> bytes:
     envelope = json.loads(message)
     envelope["headers"]["parked_revoked"] = True
     return json.dumps(envelope).encode()
+
+
+def _otherwise(headers: Any) -> str:
+    """Return what a parked message waits for that waits for nothing but a time."""
+    return "retry" if headers.get("retries") else "its time"
 
 
 def _text(value: Any) -> str:
