@@ -380,6 +380,8 @@ class Seen:
     next_in_s: float = 0.0
     first: str = ""
     second: str = ""
+    shown: bool = True
+    """Whether a change is to be shown in Flower: that of a state is, that of the progress alone is not."""
 
 
 class Waits:
@@ -427,7 +429,7 @@ class Waits:
 
     def parked(self, most: int = 100, after: int = 0) -> Iterator[Waiting]:
         """Yield parked tasks, those that come back first first."""
-        due = self._client.zrange(DUE, after, after + most - 1, withscores=True)
+        due: list[Any] = self._client.zrange(DUE, after, after + most - 1, withscores=True)
         for start in range(0, len(due), READ_AT_ONCE):
             page = due[start : start + READ_AT_ONCE]
             yield from self._read([(_text(raw_id), float(due_at)) for raw_id, due_at in page])
