@@ -53,6 +53,10 @@ if TYPE_CHECKING:
 KEEP_S: Final = 14 * 86_400
 """How long a record is kept after the end."""
 
+MOST_ATTEMPTS_TOLD: Final = 30
+MAX_TOLD: Final = 200
+"""Of an attempt's reason, in characters: in an outage there is a history for everything that waits."""
+
 RESULT_PREFIX: Final = "celery-task-meta-"
 """Celery's key for a result, and the channel on which it is published."""
 
@@ -111,9 +115,11 @@ end
 return #new
 """)
 
-# KEYS: the record. ARGV: unsure (0/1), missing (0/1), held_s to add, reason.
-# Returns attempts, seconds since it was due without those held, seconds missing, unsure.
-ATTEMPT_FAILED: Final = Script("""
+# KEYS: the record. ARGV: unsure (0/1), missing (0/1), held_s to add, reason, the reason as one short line.
+# Returns attempts, seconds since it was due without those held, seconds missing, unsure. Of attempts in a row
+# that failed for one reason the history keeps the first and the last: an outage of a day has thousands.
+ATTEMPT_FAILED: Final = Script(
+    """
 local record = KEYS[1]
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1e6
@@ -127,6 +133,21 @@ local age = now - tonumber(redis.call('HGET', record, 'due_at')) - held
 if tonumber(ARGV[3]) > 0 then
   redis.call('HSET', record, 'held_s', string.format('%.3f', held + ARGV[3]))
 end
+local history = 'dagrelay:history:' .. string.sub(record, 17)
+local line = string.format('%.3f attempt %d: %s', now, attempts, ARGV[5])
+local last = redis.call('LRANGE', history, -2, -1)
+local function reason_of(told) return told and string.match(told, '^%S+ attempt %d+: (.*)$') end
+local before, newest = reason_of(last[1]), reason_of(last[2])
+if newest and ((newest == ARGV[5] and before == ARGV[5]) or redis.call('LLEN', history) >= """
+    + str(MOST_ATTEMPTS_TOLD)
+    + """) then
+  redis.call('LSET', history, -1, line)
+else
+  redis.call('RPUSH', history, line)
+end
+redis.call('EXPIRE', history, """
+    + str(KEEP_S)
+    + """)
 if ARGV[1] == '1' then redis.call('HSET', record, 'unsure', '1') end
 local missing = 0
 if ARGV[2] == '1' then
@@ -137,7 +158,8 @@ else
 end
 return {attempts, string.format('%.3f', age), string.format('%.3f', missing),
   redis.call('HGET', record, 'unsure') or '0'}
-""")
+"""
+)
 
 # KEYS: the result and the record. ARGV: the result as Celery keeps it, its seconds to live, the state of
 # the record, seconds in which the next attempt is due, seconds to keep the record, correct (0/1), then
@@ -298,7 +320,9 @@ class Records:
     ) -> Attempts:
         """Count one attempt that did not end the request, and return what is known of all of them."""
         count, age, missing_s, was_unsure = ATTEMPT_FAILED.run(
-            self._client, (record_key(task_id),), (int(unsure), int(missing), held_s, reason)
+            self._client,
+            (record_key(task_id),),
+            (int(unsure), int(missing), held_s, reason, " ".join(reason.split())[:MAX_TOLD]),
         )
         return Attempts(int(count), float(age), float(missing_s), _text(was_unsure) == "1")
 
