@@ -58,6 +58,7 @@ task_queues = [
 task_routes = {
     TRIGGER_DAG: QUEUE_TRIGGERS,
     POLL_EXTERNAL_JOB: QUEUE_JOBS,
+    "tasks.look": QUEUE_LOOKS,
 }  # by name: hosts have a `tasks` too
 # What is not ours, a chord's body or a callback of a host's, goes where its signature says, else to Celery's
 # own default, on which the host's workers listen; on a queue of ours it would be lost as unknown.

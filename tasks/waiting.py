@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from celery.exceptions import Ignore, Reject
+from celery.utils.dispatch import Signal
 from celery.utils.log import get_logger
 
 from producers.stores.records import Script, record_key
@@ -25,6 +26,9 @@ log = get_logger("dagrelay.waiting")
 
 STATES_SHOWN: Final = 50
 """How many states of outside jobs one worker shows in Flower by name: each is a label of its metrics."""
+
+parked_look: Final = Signal(name="parked_look", providing_args=["due_in_s"])
+"""Sent when a task was parked that is to be looked at in so many seconds."""
 
 _shown: set[str] = set()
 
@@ -70,6 +74,8 @@ def wait(
     )
     try:
         successor.apply_async()
+        if look:
+            parked_look.send(sender=task, due_in_s=look_in_s)
     except Reject:
         raise
     except Exception as exc:
