@@ -25,6 +25,8 @@ def main() -> int:
         f"concurrency={ours.concurrency} visibility_timeout_s={ours.visibility_timeout_s:g} "
         f"result_ttl_s={ours.result_ttl_s} log_level={ours.log_level}",
     )
+    for service in ours.services.values():
+        _say(f"service {service.id}", True, f"{service.base_url}, at most {service.max_in_flight} in flight")
     if not ours.connections:
         _say("airflow", False, "no connection to any Airflow: set AIRFLOW_CONN_DEFAULT")
         return 1

@@ -11,6 +11,7 @@ from pathlib import Path
 from producers.errors import ConfigurationError
 
 from .airflow.connections import AirflowConnection, read_connections
+from .services import Service, read_services
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class WorkerSettings:
 
     redis_url: str = field(repr=False)
     connections: Mapping[str, AirflowConnection]
+    services: Mapping[str, Service] = field(default_factory=dict)
     concurrency: int = 16
     visibility_timeout_s: float = 30.0
     fetch: str = "moved"
@@ -87,6 +89,8 @@ def read_settings(environ: Mapping[str, str]) -> WorkerSettings:
     redis_url = _redis_url(environ, mistakes)
     connections, wrong = read_connections(environ)
     mistakes += wrong
+    services, wrong = read_services(environ)
+    mistakes += wrong
     level = environ.get("DAGRELAY_LOG_LEVEL", "INFO").upper()
     if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         mistakes.append(f"DAGRELAY_LOG_LEVEL is {level[:20]!r}: give DEBUG, INFO, WARNING or ERROR")
@@ -97,6 +101,7 @@ def read_settings(environ: Mapping[str, str]) -> WorkerSettings:
         fetch=fetch,
         redis_url=redis_url,
         connections=connections,
+        services=services,
         concurrency=int(_number(environ, "DAGRELAY_WORKER_CONCURRENCY", 16, 1, 512, mistakes)),
         visibility_timeout_s=_number(environ, "DAGRELAY_VISIBILITY_TIMEOUT_S", 30, 3, 3600, mistakes),
         result_ttl_s=int(_number(environ, "DAGRELAY_RESULT_TTL_S", 86_400, 60, 30 * 86_400, mistakes)),
