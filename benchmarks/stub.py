@@ -1,5 +1,9 @@
 """An Airflow 3 that takes 20 ms for everything and next to no CPU: raw HTTP on asyncio, in its own process.
 
+It is a service of jobs too: a POST of /jobs makes one (one for each Idempotency-Key at /keyed/jobs), a GET of
+/jobs/ID says that it runs. /stub/looks tells how long it was between two GETs of the same job, since asked last;
+/stub/jobs which references jobs were made for.
+
 It speaks the few endpoints that a trigger needs, keeps no runs, and answers every POST of one as made. A GET
 of /stub?N says how many POSTs of runs have come, and when the Nth and the last. `tests.fake_airflow` knows
 the faults of a real one, and is too slow to measure against.
@@ -9,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 import tempfile
 import time
@@ -53,6 +58,20 @@ class Stub:
             count, at, last = json.load(answer)
             return int(count), float(at), float(last)
 
+    def looks(self, *, keep: bool = False) -> dict[str, Any]:
+        """Return what came since this was asked last, but for asking with `keep`: `jobs` looked at, `looks`, `gaps` in seconds between two
+        looks at the same job, and `at_once`, how often two looks at the same job overlapped."""
+        how = "keep" if keep else "looks"
+        with urllib.request.urlopen(f"{self.url}/stub/{how}", timeout=60) as answer:  # noqa: S310 - our own
+            found: dict[str, Any] = json.load(answer)
+            return found
+
+    def jobs(self) -> dict[str, int]:
+        """Return for how many jobs each reference was used."""
+        with urllib.request.urlopen(f"{self.url}/stub/jobs", timeout=60) as answer:  # noqa: S310 - our own
+            found: dict[str, int] = json.load(answer)
+            return found
+
     def wait_for(self, posts: int, *, timeout_s: float = 300) -> int:
         """Wait until that many POSTs have come; return how many have."""
         deadline = time.monotonic() + timeout_s
@@ -80,6 +99,13 @@ class Stub:
 class _Connection(asyncio.Protocol):
     latency_s = LATENCY_S
     came_at: ClassVar[list[float]] = []
+    looked_at: ClassVar[dict[bytes, float]] = {}
+    gaps: ClassVar[list[float]] = []
+    seen: ClassVar[set[bytes]] = set()
+    looks: ClassVar[int] = 0
+    at_once: ClassVar[int] = 0
+    by_key: ClassVar[dict[str, str]] = {}
+    references: ClassVar[dict[str, int]] = {}
 
     def __init__(self) -> None:
         self._seen = b""
@@ -111,6 +137,14 @@ class _Connection(asyncio.Protocol):
             latency_s, came_at = 0.0, _Connection.came_at
             nth = int(path[6:])
             answer = [len(came_at), came_at[nth - 1] if len(came_at) >= nth else 0.0, (came_at or [0.0])[-1]]
+        elif method == b"GET" and path.startswith(b"/jobs/"):
+            answer = self._look(path, latency_s)
+        elif method == b"POST" and path.endswith(b"/jobs"):
+            status, answer = b"201 Created", {"id": self._job(head, body, keyed=path.startswith(b"/keyed"))}
+        elif path in (b"/stub/looks", b"/stub/keep"):
+            latency_s, answer = 0.0, self._looks(keep=path.endswith(b"keep"))
+        elif path == b"/stub/jobs":
+            latency_s, answer = 0.0, _Connection.references
         elif path == b"/api/v2/version":
             answer = {"version": "3.3.2", "git_version": None}
         elif path == b"/auth/token":
@@ -143,6 +177,40 @@ class _Connection(asyncio.Protocol):
             asyncio.get_running_loop().call_later(latency_s, self._write, reply)
         else:
             self._write(reply)
+
+    def _look(self, path: bytes, latency_s: float) -> Any:
+        now, last = time.monotonic(), _Connection.looked_at.get(path)
+        if last is not None:
+            _Connection.gaps.append(now - last)
+            _Connection.at_once += now - last < latency_s
+        _Connection.looked_at[path] = now
+        _Connection.seen.add(path)
+        _Connection.looks += 1
+        return {"id": path[6:].decode(), "state": "running", "progress": None}
+
+    def _looks(self, *, keep: bool) -> Any:
+        gaps = [] if keep else [round(gap, 4) for gap in _Connection.gaps]
+        answer = {
+            "jobs": len(_Connection.seen),
+            "looks": _Connection.looks,
+            "at_once": _Connection.at_once,
+            "gaps": gaps,
+        }
+        if not keep:
+            _Connection.gaps, _Connection.seen = [], set()
+            _Connection.looks = _Connection.at_once = 0
+        return answer
+
+    def _job(self, head: bytes, body: bytes, *, keyed: bool) -> str:
+        """Make a job. `keyed`: the same idempotency key is the same job."""
+        found = re.search(rb"(?i)\r\nidempotency-key: *([^\r]+)", head)
+        key = found[1].decode() if found else ""
+        if keyed and key in _Connection.by_key:
+            return _Connection.by_key[key]
+        reference = str(json.loads(body or b"{}").get("reference", key))
+        _Connection.references[reference] = _Connection.references.get(reference, 0) + 1
+        _Connection.by_key[key] = f"job-{sum(_Connection.references.values())}"
+        return _Connection.by_key[key]
 
     def _write(self, reply: bytes) -> None:
         if not self._transport.is_closing():

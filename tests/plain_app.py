@@ -4,7 +4,7 @@
 
 - PLAIN_URL: the Redis; PLAIN_TRANSPORT: "ours" or "stock"; PLAIN_CONF: further settings, as JSON
 - PLAIN_FILE: where `note` and `late` append a line for each run (a write to a file outlives `kill -9`)
-- PLAIN_POST_URL: where `post` posts to
+- PLAIN_POST_URL: where `post` posts to; PLAIN_JOBS_URL: where `follow` asks for jobs
 
 The transport is imported by itself (see `tests.transport_alone`), so that both sides log as Celery does by
 default, at WARNING.
@@ -108,3 +108,12 @@ def naive(number: int) -> None:
 @signals.worker_ready.connect
 def _say_ready(**_: Any) -> None:
     sys.stderr.write(" ready.\n")  # Celery says so at INFO only
+
+
+@app.task(name="follow", bind=True, max_retries=None)
+def follow(self: Any, job: str, every_s: float) -> None:
+    """Look at a job as most would write it: ask, and try again later."""
+    answer = _session.get(f"{os.environ['PLAIN_JOBS_URL']}/{job}")
+    answer.raise_for_status()
+    if answer.json()["state"] == "running":
+        raise self.retry(countdown=every_s)
