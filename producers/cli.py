@@ -1,8 +1,6 @@
-"""The command `dagrelay`: trigger a DAG, see how a request stands, find out what is wrong.
+"""The command `dagrelay`: trigger a DAG, see what waits and how a request stands, find out what is wrong.
 
-Exit codes are those of sysexits.h, so that a shell or cron can tell what to do: 0 accepted (or all is
-well), 65 the request is wrong, 75 Redis did not take it (try again, with the same key), 78 the
-configuration is wrong, 1 the request failed (with --wait) or a check of the doctor did.
+Its exit codes are in `exits`.
 """
 
 from __future__ import annotations
@@ -12,49 +10,18 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from datetime import UTC, datetime
-from functools import wraps
 from pathlib import Path
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import click
 
+from . import cli_waiting
 from .client import RelayClient
 from .contract import MAX_CONF_DEPTH, QUEUE_TRIGGERS, TriggerRequest
-from .errors import BrokerUnavailable, ConfigurationError, DagrelayError, InvalidRequest
+from .errors import BrokerUnavailable, InvalidRequest
+from .exits import EX_FAILED, told
 from .settings import read_settings
-
-EX_FAILED, EX_DATAERR, EX_TEMPFAIL, EX_NOPERM, EX_CONFIG = 1, 65, 75, 77, 78
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _told(command: Callable[P, R]) -> Callable[P, R]:
-    """End a command with one line on stderr and the exit code of what went wrong."""
-
-    @wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return command(*args, **kwargs)
-        except InvalidRequest as exc:
-            _fail(str(exc), EX_DATAERR)
-        except BrokerUnavailable as exc:
-            _fail(str(exc), EX_TEMPFAIL)
-        except ConfigurationError as exc:
-            _fail("\n".join(exc.mistakes), EX_CONFIG)
-        except DagrelayError as exc:
-            _fail(f"{type(exc).__name__}: {exc}", EX_FAILED)
-
-    return run
-
-
-def _fail(text: str, code: int) -> NoReturn:
-    for line in text.splitlines():
-        click.echo(f"dagrelay: {line}", err=True)
-    sys.exit(code)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -64,6 +31,10 @@ def main() -> None:
 
     DAGRELAY_REDIS_URL names the Redis of the workers.
     """
+
+
+for _command in (cli_waiting.parked, cli_waiting.wake, cli_waiting.cancel, cli_waiting.status):
+    main.add_command(_command)
 
 
 @main.command()
@@ -78,20 +49,41 @@ def main() -> None:
 @click.option("--if-exists", type=click.Choice(["reuse", "fail", "clear", "skip"]), help="[default: reuse]")
 @click.option("--give-up-after", "give_up_after_s", type=float, help="Seconds to go on trying.")
 @click.option("--countdown", type=float, help="Seconds to wait before the first attempt.")
-@click.option("--wait", is_flag=True, help="Wait until the run exists, and print it as JSON.")
-@click.option("--timeout", type=float, help="With --wait: seconds to wait at the most.")
-@_told
+@click.option("--until-created", is_flag=True, help="Wait until the run exists, and print it as JSON.")
+@click.option("--wait", is_flag=True, help="Wait until the run has ended, and print it as JSON.")
+@click.option("--timeout", type=float, help="Seconds for which this command waits; the request goes on.")
+@click.option(
+    "--wait-timeout",
+    "wait_timeout_s",
+    type=float,
+    help="With --wait: seconds for which the workers wait for the run's end.  [default: 24 h]",
+)
+@click.option("--result-from", help="With --wait: the task of the run whose XCom is its result.")
+@click.option("--stop-run", is_flag=True, help="With --wait: when the waiting ends first, fail the run.")
+@told
 def trigger(
-    conf: str | None, countdown: float | None, wait: bool, timeout: float | None, **given: Any
+    conf: str | None,
+    countdown: float | None,
+    until_created: bool,
+    wait: bool,
+    stop_run: bool,
+    timeout: float | None,
+    **given: Any,
 ) -> None:
-    """Start one run of DAG_ID; print the task id of the accepted request."""
+    """Start one run of DAG_ID; print the task id of the accepted request.
+
+    With --wait it ends as the run does: 0 for a success, 1 for a failure. Ended early (by Ctrl-C, by
+    --timeout) it leaves the request as it is: see `dagrelay status`.
+    """
+    if until_created and wait:
+        raise click.UsageError("give --until-created or --wait")
     fields = {name: value for name, value in given.items() if value is not None}
     if conf is not None:
         fields["conf"] = _json_object(conf)
-    request = TriggerRequest(**fields)
+    request = TriggerRequest(**fields, wait=wait, stop_run=stop_run)
     handle = RelayClient().enqueue(request, countdown=countdown)
     click.echo(handle.id)
-    if wait:
+    if until_created or wait:
         click.echo(json.dumps(handle.get(timeout).to_message(), indent=2))
 
 
@@ -115,27 +107,7 @@ def _json_object(given: str) -> Any:
 
 
 @main.command()
-@click.argument("task_id")
-@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
-@_told
-def status(task_id: str, output: str) -> None:
-    """Show what is on record of a request: its state, its times, its attempts, its end and why."""
-    found = RelayClient().record(task_id)
-    if found is None:
-        _fail(f"no request with the id {task_id} is on record", EX_FAILED)
-    if output == "json":
-        click.echo(json.dumps(found.to_json(), indent=2))
-        return
-    for name, value in found.to_json().items():
-        if name.endswith("_at") and isinstance(value, float):
-            value = datetime.fromtimestamp(value, UTC).isoformat(timespec="milliseconds")
-        elif name in ("run", "error_args"):
-            value = json.dumps(value)
-        click.echo(f"{name:14} {value}")
-
-
-@main.command()
-@_told
+@told
 def doctor() -> None:
     """Show the settings that are in force, secrets masked, and try everything they name."""
     settings = read_settings()

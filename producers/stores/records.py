@@ -134,9 +134,9 @@ if tonumber(ARGV[3]) > 0 then
   redis.call('HSET', record, 'held_s', string.format('%.3f', held + ARGV[3]))
 end
 local history = 'dagrelay:history:' .. string.sub(record, 17)
-local line = string.format('%.3f attempt %d: %s', now, attempts, ARGV[5])
+local line = string.format('%.3f attempt %d failed: %s', now, attempts, ARGV[5])
 local last = redis.call('LRANGE', history, -2, -1)
-local function reason_of(told) return told and string.match(told, '^%S+ attempt %d+: (.*)$') end
+local function reason_of(told) return told and string.match(told, '^%S+ attempt %d+ failed: (.*)$') end
 local before, newest = reason_of(last[1]), reason_of(last[2])
 if newest and ((newest == ARGV[5] and before == ARGV[5]) or redis.call('LLEN', history) >= """
     + str(MOST_ATTEMPTS_TOLD)
