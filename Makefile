@@ -11,7 +11,7 @@ export UV_SYSTEM_CERTS ?= true
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-check up down worker flower airflow trigger doctor status parked quarantine
+.PHONY: help demo demo-check up down worker flower airflow trigger doctor status parked wake cancel quarantine
 .PHONY: test lint format types bench lock clean
 
 # Make would read a `$$` in them as its own; they go on as written, in the environment, never in a command.
@@ -20,6 +20,8 @@ trigger: export TRIGGER_DAG := $(value DAG)
 trigger: export TRIGGER_CONF := $(value CONF)
 trigger: export TRIGGER_KEY := $(value KEY)
 status: export STATUS_ID := $(value ID)
+wake: export WAKE_ID := $(value ID)
+cancel: export CANCEL_ID := $(value ID)
 
 # Whose Redis: DAGRELAY_REDIS_URL, else REDIS_URL, else the one of `make up`.
 REDIS = [ -n "$$DAGRELAY_REDIS_URL$$DAGRELAY_REDIS_URL_FILE" ] || [ -z "$$REDIS_URL" ] || \
@@ -59,12 +61,20 @@ trigger: $(READY)  ## start a run: DAG=daily_sales [CONF='{"region": "north"}'] 
 	[ -z "$$TRIGGER_KEY" ] || set -- "$$@" "--key=$$TRIGGER_KEY"; \
 	exec $(VENV)/bin/dagrelay trigger "$$@" -- "$$TRIGGER_DAG"
 
-status: $(READY)  ## what became of a request: ID=…
+status: $(READY)  ## what became of a request, and its history: ID=…
 	@[ -n "$$STATUS_ID" ] || { echo 'of which request? make status ID=…' >&2; exit 64; }
 	@$(REDIS) exec $(VENV)/bin/dagrelay status -- "$$STATUS_ID"
 
-parked: $(READY)  ## what waits in Redis, the next due first
-	@$(REDIS) exec $(PY) -m tasks.redis_transport parked
+parked: $(READY)  ## what waits in Redis, for what and until when ([ARGS='-n 500'])
+	@$(REDIS) exec $(VENV)/bin/dagrelay parked $(ARGS)
+
+wake: $(READY)  ## have what waits go on at once: ID=…
+	@[ -n "$$WAKE_ID" ] || { echo 'which request? make wake ID=…' >&2; exit 64; }
+	@$(REDIS) exec $(VENV)/bin/dagrelay wake -- "$$WAKE_ID"
+
+cancel: $(READY)  ## cancel a request that has not ended: ID=…
+	@[ -n "$$CANCEL_ID" ] || { echo 'which request? make cancel ID=…' >&2; exit 64; }
+	@$(REDIS) exec $(VENV)/bin/dagrelay cancel -- "$$CANCEL_ID"
 
 quarantine: $(READY)  ## messages that no worker could read
 	@$(REDIS) exec $(PY) -m tasks.redis_transport quarantine list

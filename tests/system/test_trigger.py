@@ -253,7 +253,7 @@ def test_a_conf_beyond_what_airflow_2_takes_is_refused_and_the_caller_told_what_
 
 def test_the_command_triggers_waits_and_shows_how_a_request_stands(shared, airflow):
     done = shared.dagrelay(
-        "trigger", "quiet", "--conf", '{"a": 1}', "--key", "cli", "--wait", "--timeout", "60"
+        "trigger", "quiet", "--conf", '{"a": 1}', "--key", "cli", "--until-created", "--timeout", "60"
     )
     assert done.returncode == 0, done.stderr
     task_id, _, run = done.stdout.partition("\n")
@@ -265,7 +265,7 @@ def test_the_command_triggers_waits_and_shows_how_a_request_stands(shared, airfl
     assert status["accepted_at"] <= status["ended_at"]
     assert status["run"]["dag_run_id"] == "relay__cli"
 
-    failed = shared.dagrelay("trigger", "strict", "--wait", "--timeout", "60")
+    failed = shared.dagrelay("trigger", "strict", "--until-created", "--timeout", "60")
     assert failed.returncode == 1
     assert "RequestRejected" in failed.stderr
     status = shared.status(failed.stdout.strip())
