@@ -165,6 +165,7 @@ class LookTask(RelayTask):
 
     abstract = True
     recorded = False
+    send_events = False  # in Flower they would soon fill the list of tasks, and push the others out
 
     def shown(self, args: Any, kwargs: Any, task_id: str) -> str:
         """Return nothing: it has no arguments."""
@@ -279,9 +280,7 @@ class RunFollower:
 def unseen(claimed: Sequence[Claimed], seen: Sequence[Seen], again_in_s: float = 10.0) -> list[Seen]:
     """Return, for the looks of which nothing was said, that they are to be done again."""
     known = {one.task_id for one in seen}
-    return [
-        Seen(one.task_id, one.epoch, "again", again_in_s) for one in claimed if one.task_id not in known
-    ]
+    return [Seen(one.task_id, one.epoch, "again", again_in_s) for one in claimed if one.task_id not in known]
 
 
 # -- when to look
