@@ -84,7 +84,8 @@ class Script:
 
 
 # KEYS: per item its record and its queue. ARGV: per item the message, the delay in seconds, and six fields
-# of the record, with NUL between them (one argument costs a client less than six). An id that is on record
+# of the record, with NUL between them (one argument costs a client less than six), then names and values of
+# further ones. A request without a DAG has none of its fields. An id that is on record
 # already is not queued again, so that a call whose answer was lost may be repeated (by us, within the call;
 # by the caller, with its own task_id). The push goes first: where it fails (a key of another type), no record
 # says that something was accepted.
@@ -109,8 +110,12 @@ for _, i in ipairs(new) do
   local about = {}
   for text in string.gmatch(ARGV[a + 2] .. '\\0', '(%Z*)%z') do about[#about + 1] = text end
   redis.call('HSET', KEYS[i], 'state', 'accepted', 'accepted_at', now_text, 'due_at', due,
-    'task', about[1], 'dag_id', about[2], 'dag_run_id', about[3], 'key', about[4],
-    'connection', about[5], 'by', about[6])
+    'task', about[1], 'by', about[6])
+  if about[2] ~= '' then
+    redis.call('HSET', KEYS[i], 'dag_id', about[2], 'dag_run_id', about[3], 'key', about[4],
+      'connection', about[5])
+  end
+  if #about > 6 then redis.call('HSET', KEYS[i], unpack(about, 7)) end
 end
 return #new
 """)
@@ -261,10 +266,12 @@ class Accepted(NamedTuple):
     key: str
     connection: str
     by: str
+    more: str = ""
+    """Further fields of the record: each a NUL and its name, a NUL and its value."""
 
     def args(self) -> tuple[Any, ...]:
         """Return what ACCEPT takes of it, beside its two keys."""
-        return (self.message, self.delay_s, "\0".join(self[4:]))  # none of them may hold a NUL
+        return (self.message, self.delay_s, "\0".join(self[4:10]) + self.more)  # none of them may hold a NUL
 
 
 @dataclass(frozen=True, slots=True)
