@@ -1,19 +1,23 @@
 """Many requests at once: what `tasks.http` sends one by one from threads, sent over one asyncio loop.
 
 For looks and fan-outs, where one Celery task has hundreds of requests to send: 0.1 CPU-ms each, a third of
-what a thread costs. The loop runs in one thread of the process, for all tasks; it is started with the first request,
-under a lock (tasks that start together after a restart would each make one, and await the others' futures for
-ever), and anew in a child after a fork. What was said in `tasks.http` holds here too: sent exactly once, no
+what a thread costs. The loop runs in one thread of the process, for all tasks; it is started with the first
+request, under a lock (tasks that start together after a restart would each make one, and await the others'
+futures for ever), and anew in a child after a fork. What was said in `tasks.http` holds here too: sent exactly once, no
 redirects, one deadline for a whole exchange, and `NoAnswer.reached` tells whether a byte may have left.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import concurrent.futures
+import contextlib
 import os
+import re
 import ssl
 import threading
+import weakref
 from collections.abc import Coroutine
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
@@ -22,9 +26,9 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 from yarl import URL
 
+from . import http
 from .http import (
     CONNECT_TIMEOUT_S,
-    MAX_ANSWER_BYTES,
     PLAIN_HEADERS,
     READ_TIMEOUT_S,
     HttpRequest,
@@ -37,8 +41,9 @@ from .http import (
 
 T = TypeVar("T")
 
-IDLE_S: Final = 4.0
-"""Kept-alive connections unused for longer are opened anew, as in `tasks.http`."""
+_left_alone: list[Any] = []
+"""In a child after a fork: the parent's loop and sessions. To collect them would close them, and that takes
+their sockets out of the epoll instance which the child shares with its parent."""
 
 
 class _Loop:
@@ -49,6 +54,7 @@ class _Loop:
         reset_after_fork(self)
 
     def after_fork(self) -> None:
+        _left_alone.append(getattr(self, "_loop", None))
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -66,6 +72,15 @@ class _Loop:
 
 
 _loop = _Loop()
+_senders: weakref.WeakSet[ManySender] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Close what is open at the end of the process: aiohttp complains of sessions that nobody closed."""
+    for one in tuple(_senders):
+        with contextlib.suppress(Exception):
+            one.close()
 
 
 def in_loop(coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
@@ -97,9 +112,11 @@ class ManySender:
         self._proxy = _proxy(parts.scheme, parts.hostname or "")
         self.after_fork()
         reset_after_fork(self)
+        _senders.add(self)
 
     def after_fork(self) -> None:
         """Forget the parent's connections and its loop."""
+        _left_alone.append(getattr(self, "_session", None))
         self._session: aiohttp.ClientSession | None = None
         self._slots: asyncio.Semaphore | None = None
 
@@ -107,6 +124,8 @@ class ManySender:
         """Send once and return the answer, whatever its status; awaited in the loop. Raises NoAnswer."""
         if not is_path(request.path):
             raise ValueError(f"not a path: {request.path!r}")
+        if any(_CONTROL.search(text) for text in request.headers.values()):
+            raise NoAnswer(f"{self._server}: a header that cannot be sent", False)
         if self._session is None or self._slots is None:
             self._session, self._slots = self._new_session(), asyncio.Semaphore(self.in_flight)
         async with self._slots:
@@ -116,7 +135,7 @@ class ManySender:
         connector = aiohttp.TCPConnector(
             limit=0,  # the semaphore's affair: a wait in the connector would count as connecting
             ssl=self._tls,
-            keepalive_timeout=IDLE_S,
+            keepalive_timeout=http.MAX_IDLE_S,
             ttl_dns_cache=30,
         )
         return aiohttp.ClientSession(
@@ -129,6 +148,12 @@ class ManySender:
             timeout=aiohttp.ClientTimeout(total=None),
             trace_configs=[_SENT],
         )
+
+    def close(self) -> None:
+        """Close the connections; the sender can be used again. Not to be called in the loop."""
+        session, self._session = self._session, None
+        if session is not None:
+            in_loop(session.close()).result(5)
 
     async def _exchange(self, session: aiohttp.ClientSession, request: HttpRequest) -> HttpResponse:
         read_timeout_s = request.timeout_s if request.timeout_s is not None else self.read_timeout_s
@@ -149,7 +174,7 @@ class ManySender:
                     headers = {name.lower(): value for name, value in answer.headers.items()}
                     return HttpResponse(answer.status, headers, body)
         except _TooLarge:
-            reason = f"the answer is larger than {MAX_ANSWER_BYTES // 1_000_000} MB"
+            reason = f"the answer is larger than {http.MAX_ANSWER_BYTES // 1_000_000} MB"
         except TimeoutError:
             reason = (
                 f"no complete answer within {read_timeout_s:g} s"
@@ -159,6 +184,9 @@ class ManySender:
         except (aiohttp.ClientError, OSError, ValueError) as exc:
             reason = _reason(exc)
         raise NoAnswer(f"{self._server}: {reason}", sent.sent) from None
+
+
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]|[^\x00-\xff]")
 
 
 class _Sent:
@@ -194,12 +222,16 @@ class _TooLarge(Exception):
 async def _read(answer: aiohttp.ClientResponse) -> bytes:
     """Read the whole body, up to the limit; the size counts after decompression."""
     length = answer.content_length
-    if length is not None and length <= 65_536 and "Content-Encoding" not in answer.headers:
+    if (
+        length is not None
+        and length <= min(65_536, http.MAX_ANSWER_BYTES)
+        and "Content-Encoding" not in answer.headers
+    ):
         return await answer.read()
     parts, size = [], 0
     async for part in answer.content.iter_chunked(65_536):
         size += len(part)
-        if size > MAX_ANSWER_BYTES:
+        if size > http.MAX_ANSWER_BYTES:
             raise _TooLarge
         parts.append(part)
     return b"".join(parts)
@@ -221,7 +253,8 @@ def _reason(exc: BaseException) -> str:
         case aiohttp.ServerDisconnectedError():
             return "the connection was closed without an answer"
         case aiohttp.ClientPayloadError():
-            return "the answer was cut short"
+            coded = "content-encoding" in str(exc)
+            return "the answer cannot be decoded" if coded else "the answer was cut short"
         case aiohttp.ClientOSError() | OSError():
             if isinstance(exc, ConnectionRefusedError) or exc.errno == 111:
                 return "connection refused"

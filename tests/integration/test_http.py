@@ -10,6 +10,7 @@ import os
 import socket
 import ssl
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,9 +21,10 @@ from typing import Any
 import pytest
 
 import tests.import_tasks  # noqa: F401
-from tasks import http
+from tasks import http, http_many
 from tasks.airflow.connections import AirflowConnection
 from tasks.http import HttpRequest, HttpResponse, HttpSender, NoAnswer
+from tasks.http_many import ManySender, in_loop
 
 TLS = Path(__file__).parent / "tls"
 GET = HttpRequest("GET", "/x")
@@ -133,10 +135,32 @@ def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
         server.close()
 
 
-def sender(server: Server | str, **more: object) -> HttpSender:
+class Waiting:
+    """A ManySender that is waited for, so that both senders are held to the same promises."""
+
+    def __init__(self, url: str, *, pool_size: int = 8, **options: Any) -> None:
+        self._many = ManySender(url, in_flight=pool_size, **options)
+
+    def send(self, request: HttpRequest) -> HttpResponse:
+        return in_loop(self._many.send(request)).result(30)
+
+    def close(self) -> None:
+        self._many.close()
+
+
+@pytest.fixture(autouse=True, params=["one", "many"])
+def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each test is for both senders."""
+    monkeypatch.setattr(sys.modules[__name__], "kind", {"one": HttpSender, "many": Waiting}[request.param])
+    return str(request.param)
+
+
+kind: Any = HttpSender
+
+
+def sender(server: Server | str, **more: object) -> Any:
     url = server if isinstance(server, str) else server.url
-    options = {"connect_timeout_s": 1.0, "read_timeout_s": 1.0, **more}
-    return HttpSender(url, **options)  # type: ignore[arg-type]
+    return kind(url, **{"connect_timeout_s": 1.0, "read_timeout_s": 1.0, **more})
 
 
 def no_answer(server: Server | str, request: HttpRequest = POST, **more: object) -> NoAnswer:
@@ -650,10 +674,10 @@ def test_a_child_has_connections_of_its_own(serving):
     assert [one.send(GET).json() for _ in range(2)] == [[1, 1], [1, 2]]
 
 
-def test_a_fork_while_another_thread_makes_the_session(serving):
+def test_a_fork_while_another_thread_makes_the_session(serving, how):
     server = serving(lambda c: c.answer_all(ok()))
     one = sender(server)
-    with one._lock:  # as if a thread were just in there
+    with one._lock if how == "one" else http_many._loop._lock:  # as if a thread were just in there
         pid = os.fork()
         if pid == 0:
             status = 1
