@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, overload
 
 from redis import BlockingConnectionPool, ConnectionPool, Redis
 from redis.backoff import NoBackoff
@@ -24,20 +23,24 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
-from .contract import MAX_RESULT_BYTES, QUEUE_TRIGGERS, TRIGGER_DAG, Asked, TriggerRequest, conf_problem
+from .contract import (
+    MAX_RESULT_BYTES,
+    Asked,
+    DagRun,
+    JobOutcome,
+    PollRequest,
+    TriggerRequest,
+    conf_problem,
+)
 from .errors import BrokerUnavailable, ConfigurationError, DagrelayError, InvalidRequest
 from .handle import Handle
 from .settings import ProducerSettings, read_settings
+from .stores.envelope import PRIORITY_SEPARATOR, PRIORITY_STEPS, item_of
 from .stores.records import Accepted, Record, Records
 from .stores.waits import Waits
 
 if TYPE_CHECKING:
     from celery.canvas import Signature
-
-PRIORITY_SEPARATOR = "\x06\x16"
-"""kombu keeps a priority of a queue in a list of its own: `queue`, `queue\\x06\\x163`, …"""
-
-PRIORITY_STEPS = (0, 3, 6, 9)
 
 
 def new_task_id() -> str:
@@ -63,7 +66,13 @@ class RelayClient:
         self.waits = Waits(self.redis)
         """What waits there. Its methods raise what redis-py raises, those of this class BrokerUnavailable."""
 
-    def enqueue(self, request: TriggerRequest, **options: Any) -> Handle:
+    @overload
+    def enqueue(self, request: TriggerRequest, **options: Any) -> Handle[DagRun]: ...
+
+    @overload
+    def enqueue(self, request: PollRequest, **options: Any) -> Handle[JobOutcome]: ...
+
+    def enqueue(self, request: TriggerRequest | PollRequest, **options: Any) -> Handle[Any]:
         """Hand one request to the workers; return without waiting for them.
 
         The options are those of `trigger_dag.apply_async`. Raises BrokerUnavailable within about 1 s when
@@ -74,20 +83,20 @@ class RelayClient:
         with told_as_unavailable():
             new = self.records.accept(item)
         # An id that was on record before keeps the run id of that first call: looked up when asked for.
-        return Handle(item.task_id, item.dag_run_id if new else None, self)
+        return Handle(item.task_id, item.dag_run_id or None if new else None, self)
 
-    def enqueue_many(self, requests: Iterable[TriggerRequest]) -> list[Handle]:
+    def enqueue_many(self, requests: Iterable[TriggerRequest | PollRequest]) -> list[Handle[Any]]:
         """Hand many requests to the workers in one pipeline; return a handle for each, in order.
 
         Raises BrokerUnavailable when the connection breaks: some may then have arrived. Send all of them
         again with the same keys, and there is still one run for each.
         """
-        handles = []
+        handles: list[Handle[Any]] = []
 
         def items() -> Iterator[Accepted]:
             for request in requests:
                 item = self._item(request)
-                handles.append(Handle(item.task_id, item.dag_run_id, self))
+                handles.append(Handle(item.task_id, item.dag_run_id or None, self))
                 yield item
 
         batch = self.records.batch(items())
@@ -95,7 +104,7 @@ class RelayClient:
             batch.execute()
         return handles
 
-    def handle(self, task_id: str) -> Handle:
+    def handle(self, task_id: str) -> Handle[Any]:
         """Return a handle for a request that was accepted earlier, here or elsewhere."""
         return Handle(task_id, None, self)
 
@@ -116,7 +125,7 @@ class RelayClient:
 
     def _item(
         self,
-        request: TriggerRequest,
+        request: TriggerRequest | PollRequest,
         *,
         task_id: str | None = None,
         countdown: float | None = None,
@@ -128,39 +137,24 @@ class RelayClient:
         ignore_result: bool = False,
     ) -> Accepted:
         """Return a request as it goes to Redis. Raises InvalidRequest when an option is wrong."""
-        if not isinstance(request, TriggerRequest):
-            raise TypeError(f"a request is a TriggerRequest, not a {type(request).__name__}")
+        if not isinstance(request, TriggerRequest | PollRequest):
+            raise TypeError(f"a request is a TriggerRequest or a PollRequest, not a {type(request).__name__}")
         now = time.time()
-        task_id = _task_id(task_id)
+        if task_id is None:
+            task_id = new_task_id()
+        else:
+            _check_task_id(task_id)
         delay_s = _delay_s(now, countdown, eta)
-        asked = Asked(at=now, by=self.settings.client_name, due=now + delay_s if delay_s else None)
-        run_id = request.run_id_for(task_id)
-        message = request.to_message()
-        message["asked"] = asked.to_message()
-        return Accepted(
+        return item_of(
+            request,
             task_id=task_id,
-            queue=_queue_key(QUEUE_TRIGGERS, priority),
-            message=_envelope(
-                task=TRIGGER_DAG,
-                task_id=task_id,
-                queue=QUEUE_TRIGGERS,
-                kwargs=message,
-                callbacks=_signatures(link, "link"),
-                errbacks=_signatures(link_error, "link_error"),
-                kwargsrepr=request.shown_with(run_id),
-                eta=_iso(now + delay_s) if delay_s else None,
-                expires=_iso(_expires_at(now, expires)) if expires is not None else None,
-                priority=priority,
-                origin=self.settings.client_name,
-                ignore_result=ignore_result,
-            ),
+            asked=Asked(at=now, by=self.settings.client_name, due=now + delay_s if delay_s else None),
             delay_s=delay_s,
-            task=TRIGGER_DAG,
-            dag_id=request.dag_id,
-            dag_run_id=run_id,
-            key=request.key or "",
-            connection=request.connection,
-            by=self.settings.client_name,
+            expires_at=_expires_at(now, expires) if expires is not None else None,
+            priority=priority,
+            callbacks=_signatures(link, "link"),
+            errbacks=_signatures(link_error, "link_error"),
+            ignore_result=ignore_result,
         )
 
 
@@ -211,112 +205,18 @@ class told_as_unavailable:
             raise BrokerUnavailable(f"it refused ({type(exc).__name__}: {exc})") from exc
 
 
-def _envelope(
-    *,
-    task: str,
-    task_id: str,
-    queue: str,
-    kwargs: Mapping[str, Any],
-    callbacks: list[Signature[Any]] | None,
-    errbacks: list[Signature[Any]] | None,
-    kwargsrepr: str,
-    eta: str | None,
-    expires: str | None,
-    priority: int,
-    origin: str,
-    ignore_result: bool,
-) -> bytes:
-    """Return a Celery protocol 2 message as kombu's Redis transport keeps it.
-
-    Source: "Message Protocol" in Celery's documentation, and `kombu.transport.virtual` for the envelope.
-    """
-    follow_up = '"chain":null,"chord":null'
-    follow_up += f',"callbacks":{_as_json(callbacks)}' if callbacks else ',"callbacks":null'
-    follow_up += f',"errbacks":{_as_json(errbacks)}' if errbacks else ',"errbacks":null'
-    body = f"[[],{_as_json(kwargs)},{{{follow_up}}}]"
-    return (
-        _ENVELOPE
-        % {
-            "body": _quoted(body),
-            "task": _quoted(task),
-            "id": _quoted(task_id),
-            "eta": _quoted(eta) if eta else "null",
-            "expires": _quoted(expires) if expires else "null",
-            "kwargsrepr": _quoted(kwargsrepr),
-            "origin": _quoted(origin),
-            "ignore_result": "true" if ignore_result else "false",
-            "queue": _quoted(queue),
-            "priority": repr(priority),
-        }
-    ).encode()
-
-
-_as_json = json.JSONEncoder(allow_nan=False, check_circular=False, separators=(",", ":")).encode
-_quoted = json.encoder.encode_basestring_ascii
-"""A text as JSON."""
-
-# The envelope as JSON text, its variable parts to be filled in: eight times as fast as to encode it anew.
-_ENVELOPE: Final = re.sub(
-    r'"(%\(\w+\)s)"',
-    r"\1",
-    json.dumps(
-        {
-            "body": "%(body)s",
-            "content-type": "application/json",
-            "content-encoding": "utf-8",
-            "headers": {
-                "lang": "py",
-                "task": "%(task)s",
-                "id": "%(id)s",
-                "shadow": None,
-                "eta": "%(eta)s",
-                "expires": "%(expires)s",
-                "group": None,
-                "group_index": None,
-                "retries": 0,
-                "timelimit": [None, None],
-                "root_id": "%(id)s",
-                "parent_id": None,
-                "argsrepr": "()",
-                "kwargsrepr": "%(kwargsrepr)s",
-                "origin": "%(origin)s",
-                "ignore_result": "%(ignore_result)s",
-            },
-            "properties": {
-                "correlation_id": "%(id)s",
-                "reply_to": "",
-                "delivery_mode": 2,
-                "delivery_info": {"exchange": "", "routing_key": "%(queue)s"},
-                "priority": "%(priority)s",
-                "delivery_tag": "%(id)s",
-            },
-        }
-    ),
-)
+def _check_task_id(given: str) -> None:
+    if not isinstance(given, str) or not 0 < len(given) <= 200 or not given.isprintable():
+        raise InvalidRequest("task_id: give 1 to 200 printable characters, or leave it out")
 
 
 def check_observation(observation: Any) -> None:
     """Raise InvalidRequest for what a woken task could not be handed: it lies in Redis until it is read."""
     problem = conf_problem(observation, "observation")
-    if not problem and len(_as_json(observation).encode()) > MAX_RESULT_BYTES:
+    if not problem and len(json.dumps(observation, ensure_ascii=False).encode()) > MAX_RESULT_BYTES:
         problem = f"observation is over the limit of {MAX_RESULT_BYTES} bytes as JSON"
     if problem:
         raise InvalidRequest(problem)
-
-
-def _queue_key(queue: str, priority: int) -> str:
-    if isinstance(priority, bool) or not isinstance(priority, int) or not 0 <= priority <= 9:
-        raise InvalidRequest("priority: give a whole number from 0 (first) to 9")
-    step = max(step for step in PRIORITY_STEPS if step <= priority)
-    return f"{queue}{PRIORITY_SEPARATOR}{step}" if step else queue
-
-
-def _task_id(given: str | None) -> str:
-    if given is None:
-        return new_task_id()
-    if not isinstance(given, str) or not 0 < len(given) <= 200 or not given.isprintable():
-        raise InvalidRequest("task_id: give 1 to 200 printable characters, or leave it out")
-    return given
 
 
 def _delay_s(now: float, countdown: float | None, eta: datetime | None) -> float:
@@ -342,10 +242,6 @@ def _expires_at(now: float, expires: float | datetime) -> float:
     if isinstance(expires, bool) or not isinstance(expires, int | float) or not 0 < expires < 4e9:
         raise InvalidRequest("expires: give seconds from now, or a datetime")
     return now + expires
-
-
-def _iso(instant: float) -> str:
-    return (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=instant)).isoformat()
 
 
 def _signatures(given: Any, option: str) -> list[Signature[Any]] | None:
@@ -389,4 +285,12 @@ def client() -> RelayClient:
         return _client
 
 
-__all__ = ["ConfigurationError", "RelayClient", "client", "configure", "new_task_id"]
+__all__ = [
+    "PRIORITY_SEPARATOR",
+    "PRIORITY_STEPS",
+    "ConfigurationError",
+    "RelayClient",
+    "client",
+    "configure",
+    "new_task_id",
+]

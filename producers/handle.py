@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, cast
 
-from .contract import DagRun
+from .contract import DagRun, JobOutcome, Outcome
 from .errors import (
     DagrelayError,
     RequestCancelled,
@@ -19,7 +19,15 @@ from .errors import (
 from .stores.records import RESULT_PREFIX, Record
 
 if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
     from .client import RelayClient
+
+    T = TypeVar("T", default=DagRun)  # a plain `Handle` is that of a trigger
+else:
+    from typing import TypeVar
+
+    T = TypeVar("T")
 
 CHECK_EVERY_S = 1.0
 """A published result may be missed (Pub/Sub keeps nothing): so it is also looked for, this often."""
@@ -29,8 +37,8 @@ NOT_ON_RECORD_S = 5.0
 gets its record from the worker."""
 
 
-class Handle:
-    """One accepted request. Touches Redis only when asked for something."""
+class Handle(Generic[T]):
+    """One accepted request, which ends in a `T`. Touches Redis only when asked for something."""
 
     __slots__ = ("_client", "_dag_run_id", "id")
 
@@ -73,16 +81,19 @@ class Handle:
         return found is not None and found.ended
 
     def successful(self) -> bool:
-        """Tell whether the request has ended with a run."""
+        """Tell whether the request has ended well."""
         return self.state == "done"
 
-    def get(self, timeout: float | None = None) -> DagRun:
-        """Wait for the end and return the run, or raise the error that ended the request.
+    def get(self, timeout: float | None = None) -> T:
+        """Wait for the end and return the outcome, or raise the error that ended the request.
+
+        The outcome of a trigger is its `DagRun`, that of a poll a `JobOutcome`, that of a fan-out a list of
+        `Outcome`.
 
         `timeout` is in seconds; without it, wait as long as it takes. Raises ResultNotReady after the
         timeout (the request goes on), ResultExpired when the result is no longer kept, RequestUnknown for
         an id that was never accepted, BrokerUnavailable when Redis does not answer, and every
-        `AirflowError` of the worker.
+        `AirflowError` and `ExternalJobError` of the worker.
         """
         from .client import told_as_unavailable
 
@@ -90,7 +101,7 @@ class Handle:
         with told_as_unavailable():
             outcome = self._look()
             if outcome is not None:
-                return _run_or_raise(outcome)
+                return cast(T, outcome_or_raise(outcome))
             started = time.monotonic()
             # The subscription stands before the second look, so an end between the two is not missed.
             with self._client.listening.pubsub(ignore_subscribe_messages=True) as pubsub:
@@ -98,7 +109,7 @@ class Handle:
                 while True:
                     outcome = self._look()
                     if outcome is not None:
-                        return _run_or_raise(outcome)
+                        return cast(T, outcome_or_raise(outcome))
                     now = time.monotonic()
                     self._raise_if_hopeless(waited_s=now - started)
                     left = CHECK_EVERY_S if deadline is None else min(CHECK_EVERY_S, deadline - now)
@@ -106,7 +117,7 @@ class Handle:
                         raise ResultNotReady(self.id, self.state)
                     _wait_for_message(pubsub, left)
 
-    async def aget(self, timeout: float | None = None) -> DagRun:
+    async def aget(self, timeout: float | None = None) -> T:
         """Do as `get` does, without blocking the event loop."""
         return await asyncio.to_thread(self.get, timeout)
 
@@ -155,12 +166,22 @@ def _wait_for_message(pubsub: Any, left_s: float) -> None:
     pubsub.get_message(timeout=left_s)
 
 
-def _run_or_raise(outcome: dict[str, Any]) -> DagRun:
-    """Return the run of a Celery result, or raise the error that it holds."""
-    result = outcome.get("result")
-    if outcome["status"] == "SUCCESS" and isinstance(result, dict):
-        return DagRun.from_message(result)
-    raise outcome_error(outcome["status"], result)
+def outcome_or_raise(outcome: dict[str, Any]) -> Any:
+    """Return what a Celery result holds (a run, a job's outcome, a list of outcomes), or raise its error."""
+    if outcome["status"] == "SUCCESS":
+        return _read(outcome.get("result"))
+    raise outcome_error(outcome["status"], outcome.get("result"))
+
+
+def _read(result: Any) -> Any:
+    if isinstance(result, dict):
+        if "dag_run_id" in result:
+            return (Outcome if "id" in result else DagRun).from_message(result)
+        if "service" in result:
+            return JobOutcome.from_message(result)
+    if isinstance(result, list):
+        return [_read(one) for one in result]
+    raise outcome_error("SUCCESS", result)
 
 
 def outcome_error(status: str, result: Any) -> DagrelayError:
