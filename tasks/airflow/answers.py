@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, Literal
 from urllib.parse import quote
 
 from producers.contract import DagRun
@@ -23,6 +23,9 @@ from tasks.http import HttpResponse
 
 MAX_WORDS: Final = 500
 MAX_RETRY_AFTER_S: Final = 86_400.0
+
+MAX_LIST: Final = 1000
+"""Runs of one list. Both versions take any limit here; a thousand are 1.3 MB where confs are small."""
 
 JSON_HEADERS: Final = {"Content-Type": "application/json"}
 
@@ -46,6 +49,24 @@ class RunView:
     end_date: datetime | None
     queued_at: datetime | None
     api: ApiVersion
+
+
+@dataclass(frozen=True, slots=True)
+class RunList:
+    """How runs stand: by (DAG id, run id) the state. `whole` is false when there are more than are told."""
+
+    states: Mapping[tuple[str, str], str]
+    whole: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Xcom:
+    """What a task returned: JSON, None among it."""
+
+    value: Any
+
+
+TaskKind = Literal["plain", "mapped", "none"]
 
 
 def as_dag_run(view: RunView, connection: AirflowConnection, created: bool, cleared: bool = False) -> DagRun:
@@ -151,6 +172,32 @@ def read_run(answer: Any, api: ApiVersion) -> RunView | None:
         queued_at=read_instant(answer.get("queued_at")),
         api=api,
     )
+
+
+def run_list(response: HttpResponse) -> RunList:
+    """Return the runs of a successful list. Raises AirflowUnavailable if it is none.
+
+    Reads no more of each than is needed: there may be a thousand of them, every other second.
+    """
+    answer = response.json()
+    runs = answer.get("dag_runs") if isinstance(answer, dict) else None
+    if not isinstance(runs, list):
+        raise somebody_else(response)
+    states: dict[tuple[str, str], str] = {}
+    for run in runs:
+        match run:
+            case {"dag_id": str() as dag_id, "dag_run_id": str() as run_id, "state": str() as state}:
+                states[dag_id, run_id] = state
+    total = answer.get("total_entries")
+    return RunList(states, whole=not isinstance(total, int) or total <= len(runs))
+
+
+def xcom(response: HttpResponse) -> Xcom:
+    """Return what a task returned. Raises AirflowUnavailable if the answer is none."""
+    answer = response.json()
+    if not isinstance(answer, dict) or "value" not in answer:
+        raise somebody_else(response)
+    return Xcom(answer["value"])
 
 
 def this_run(response: HttpResponse, dag_id: str, run_id: str, api: ApiVersion) -> RunView:

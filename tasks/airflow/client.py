@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from producers.contract import TriggerRequest
 from producers.errors import AirflowUnavailable, CredentialsRefused, RequestRejected
 from tasks.airflow import protocol_v1, protocol_v2
 from tasks.airflow.answers import (
+    MAX_LIST,
     DagRunExists,
     Forbidden,
     NotThisApi,
+    RunList,
     RunView,
+    TaskKind,
     TokenRefused,
+    Xcom,
     as_dag_run,
 )
 from tasks.airflow.auth import Authorisation, Now, Send, authorisation
@@ -29,7 +33,7 @@ from tasks.airflow.connections import AirflowConnection, ApiVersion
 from tasks.airflow.single_flight import SingleFlight
 from tasks.http import HttpRequest, HttpResponse, NoAnswer
 
-__all__ = ["AirflowClient", "Check", "DagRunExists", "RunView", "as_dag_run"]
+__all__ = ["MAX_LIST", "AirflowClient", "Check", "DagRunExists", "RunList", "RunView", "as_dag_run"]
 
 log = logging.getLogger("dagrelay.airflow")
 
@@ -50,10 +54,25 @@ class ApiModule(Protocol):
     def find_by_logical_date(self, dag_id: str, logical_date: datetime) -> HttpRequest: ...
     def clear_run(self, dag_id: str, run_id: str) -> HttpRequest: ...
     def set_note(self, dag_id: str, run_id: str, note: str) -> HttpRequest: ...
+    def fail_run(self, dag_id: str, run_id: str) -> HttpRequest: ...
+    def list_runs(
+        self,
+        dag_ids: Sequence[str],
+        since: datetime,
+        until: datetime,
+        *,
+        unfinished: bool = False,
+        limit: int = MAX_LIST,
+    ) -> HttpRequest: ...
+    def get_xcom(self, dag_id: str, run_id: str, task_id: str) -> HttpRequest: ...
+    def get_task(self, dag_id: str, run_id: str, task_id: str) -> HttpRequest: ...
     def read_version(self, response: HttpResponse) -> str | None: ...
     def read_created(self, response: HttpResponse, request: TriggerRequest, run_id: str) -> RunView: ...
     def read_run(self, response: HttpResponse, dag_id: str, run_id: str) -> RunView | None: ...
     def read_found(self, response: HttpResponse) -> str | None: ...
+    def read_runs(self, response: HttpResponse) -> RunList: ...
+    def read_xcom(self, response: HttpResponse) -> Xcom | None: ...
+    def read_task(self, response: HttpResponse) -> TaskKind: ...
     def read_accepted(self, response: HttpResponse) -> None: ...
     def read_scheduler(self, response: HttpResponse) -> str | None: ...
 
@@ -139,6 +158,64 @@ class AirflowClient:
             lambda api: api.set_note(dag_id, run_id, note),
             lambda api, response: _not_gone(api.read_run(response, dag_id, run_id)),
         )
+
+    def fail_dag_run(self, dag_id: str, run_id: str) -> None:
+        """Set a run to failed, which ends its tasks within seconds. Raises as `clear_dag_run` does.
+
+        A run that has ended already becomes failed too.
+        """
+        self._ask(
+            lambda api: api.fail_run(dag_id, run_id),
+            lambda api, response: _not_gone(api.read_run(response, dag_id, run_id)),
+        )
+
+    def list_dag_runs(
+        self,
+        dag_ids: Sequence[str],
+        since: datetime,
+        until: datetime,
+        *,
+        unfinished: bool = False,
+        limit: int = MAX_LIST,
+    ) -> RunList:
+        """Return how the runs of these DAGs stand whose own time lies within, both ends included.
+
+        A run's own time is its `run_after` in Airflow 3, and its logical date in Airflow 2: what a `DagRun`
+        says of it. `unfinished`: only those queued or running.
+        """
+        return self._ask(
+            lambda api: api.list_runs(dag_ids, since, until, unfinished=unfinished, limit=limit),
+            lambda api, response: api.read_runs(response),
+        )
+
+    def get_xcom(self, dag_id: str, run_id: str, task_id: str) -> Any:
+        """Return what a task of a run returned, None for nothing.
+
+        Raises RequestRejected when the run has no such task, or many instances of it.
+        """
+        try:
+            found = self._ask(
+                lambda api: api.get_xcom(dag_id, run_id, task_id),
+                lambda api, response: api.read_xcom(response),
+            )
+        except RequestRejected as exc:
+            if exc.status != 400 or self._known_server().protocol is not protocol_v1:
+                raise
+            found = self._ask(
+                lambda api: protocol_v1.get_xcom(dag_id, run_id, task_id, as_text=True),
+                lambda api, response: protocol_v1.read_xcom_text(response),
+            )
+        if found is not None:
+            return found.value
+        kind = self._ask(
+            lambda api: api.get_task(dag_id, run_id, task_id),
+            lambda api, response: api.read_task(response),
+        )
+        if kind == "mapped":
+            raise RequestRejected(404, f"task {task_id!r} is mapped: it returns a value for each instance")
+        if kind == "none":
+            raise RequestRejected(404, f"the run has no task {task_id!r}")
+        return None
 
     def version(self) -> str:
         """Return Airflow's version, such as "3.3.2"."""

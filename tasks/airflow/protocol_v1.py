@@ -7,6 +7,9 @@ Measured against 2.11.2; the recordings lie in tests/unit/tasks/airflow/answers/
 
 from __future__ import annotations
 
+import ast
+import json
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, Final
 from urllib.parse import urlencode
@@ -15,19 +18,25 @@ from producers.contract import TriggerRequest, is_run_id
 from producers.errors import DagBroken, DagNotFound, RequestRejected
 from tasks.airflow.answers import (
     JSON_HEADERS,
+    MAX_LIST,
     DagRunExists,
     Forbidden,
     NotThisApi,
+    RunList,
     RunView,
+    TaskKind,
     TokenRefused,
+    Xcom,
     clean,
     instant,
     json_body,
+    run_list,
     scrubbed,
     segment,
     somebody_else,
     this_run,
     unavailable,
+    xcom,
 )
 from tasks.airflow.connections import ApiVersion
 from tasks.airflow.protocol_v2 import read_found as _read_found
@@ -100,6 +109,49 @@ def set_note(dag_id: str, run_id: str, note: str) -> HttpRequest:
     return HttpRequest("PATCH", f"{_run(dag_id, run_id)}/setNote", JSON_HEADERS, json_body({"note": note}))
 
 
+def fail_run(dag_id: str, run_id: str) -> HttpRequest:
+    """Return the PATCH that sets the run to failed, by which Airflow ends its tasks. `read_run` reads it."""
+    return HttpRequest("PATCH", _run(dag_id, run_id), JSON_HEADERS, json_body({"state": "failed"}))
+
+
+def list_runs(
+    dag_ids: Sequence[str],
+    since: datetime,
+    until: datetime,
+    *,
+    unfinished: bool = False,
+    limit: int = MAX_LIST,
+) -> HttpRequest:
+    """Return the question for the runs of these DAGs whose logical date lies within, the newest first.
+
+    It is the one list that is not cut to 100 runs. Airflow 2 has no `run_after`; every run of it has a
+    logical date, which never changes, and which may lie far in the past or future.
+    """
+    body: dict[str, Any] = {
+        "dag_ids": list(dag_ids),
+        "execution_date_gte": instant(since),
+        "execution_date_lte": instant(until),
+        "order_by": "-id",
+        "page_limit": limit,
+    }
+    if unfinished:
+        body["states"] = ["queued", "running"]
+    return HttpRequest("POST", "/api/v1/dags/~/dagRuns/list", JSON_HEADERS, json_body(body))
+
+
+def get_task(dag_id: str, run_id: str, task_id: str) -> HttpRequest:
+    return HttpRequest("GET", f"{_run(dag_id, run_id)}/taskInstances/{segment('task id', task_id)}")
+
+
+def get_xcom(dag_id: str, run_id: str, task_id: str, *, as_text: bool = False) -> HttpRequest:
+    """Return the question for what a task returned, as JSON or as Python's repr of it.
+
+    Airflow before 2.10 knows the repr alone, and answers 400 to the other question.
+    """
+    path = f"{get_task(dag_id, run_id, task_id).path}/xcomEntries/return_value"
+    return HttpRequest("GET", path if as_text else f"{path}?stringify=false")
+
+
 def read_created(response: HttpResponse, request: TriggerRequest, run_id: str) -> RunView:
     """Return the run that the POST made. Raises DagRunExists and whatever `refusal` finds."""
     if response.status in (200, 201):
@@ -121,6 +173,52 @@ def read_run(response: HttpResponse, dag_id: str, run_id: str) -> RunView | None
     words = own_words(response)
     if response.status == 404 and words is not None and words.lower().startswith("dag"):
         return None
+    raise refusal(response)
+
+
+def read_runs(response: HttpResponse) -> RunList:
+    """Return how the runs of a list stand."""
+    if response.status != 200:
+        raise refusal(response)
+    return run_list(response)
+
+
+def read_xcom(response: HttpResponse) -> Xcom | None:
+    """Return what a task returned, or None if there is nothing: see `read_task` for why."""
+    if response.status == 200:
+        return xcom(response)
+    words = own_words(response)
+    if response.status == 404 and words is not None and words.startswith("XCom"):
+        return None
+    raise refusal(response)
+
+
+def read_xcom_text(response: HttpResponse) -> Xcom | None:
+    """Do as `read_xcom` does, for an answer that is Python's repr: a text that is neither stays a text."""
+    found = read_xcom(response)
+    return Xcom(_from_repr(found.value)) if found is not None else None
+
+
+def _from_repr(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = read(value)
+            # Sets, bytes, tuples as keys: Python's, and not JSON. A tuple becomes a list, as in Airflow 3.
+            return json.loads(json.dumps(found, allow_nan=False))
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            continue
+    return value
+
+
+def read_task(response: HttpResponse) -> TaskKind:
+    """Return whether a run has such a task, and whether it has many instances."""
+    if response.status == 200 and isinstance(response.json(), dict):
+        return "plain"
+    words = own_words(response)
+    if response.status == 404 and words is not None and words.lower().startswith("task"):
+        return "mapped" if "is mapped" in words else "none"
     raise refusal(response)
 
 

@@ -8,6 +8,7 @@ Measured against 3.3.2; the recordings lie in tests/unit/tasks/airflow/answers/v
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, Final
 from urllib.parse import urlencode
@@ -16,18 +17,24 @@ from producers.contract import TriggerRequest
 from producers.errors import DagBroken, DagNotFound, RequestRejected
 from tasks.airflow.answers import (
     JSON_HEADERS,
+    MAX_LIST,
     DagRunExists,
     NotThisApi,
+    RunList,
     RunView,
+    TaskKind,
     TokenRefused,
+    Xcom,
     clean,
     instant,
     json_body,
+    run_list,
     scrubbed,
     segment,
     somebody_else,
     this_run,
     unavailable,
+    xcom,
 )
 from tasks.airflow.connections import ApiVersion
 from tasks.http import HttpRequest, HttpResponse
@@ -87,6 +94,47 @@ def set_note(dag_id: str, run_id: str, note: str) -> HttpRequest:
     )
 
 
+def fail_run(dag_id: str, run_id: str) -> HttpRequest:
+    """Return the PATCH that sets the run to failed, by which Airflow ends its tasks. `read_run` reads it."""
+    return HttpRequest(
+        "PATCH", f"{_run(dag_id, run_id)}?update_mask=state", JSON_HEADERS, json_body({"state": "failed"})
+    )
+
+
+def list_runs(
+    dag_ids: Sequence[str],
+    since: datetime,
+    until: datetime,
+    *,
+    unfinished: bool = False,
+    limit: int = MAX_LIST,
+) -> HttpRequest:
+    """Return the question for the runs of these DAGs whose `run_after` lies within, the newest first.
+
+    It is the one list that is not cut to 100 runs. There is no filter by run id, and none by which a run
+    could leave out its conf.
+    """
+    body: dict[str, Any] = {
+        "dag_ids": list(dag_ids),
+        "run_after_gte": instant(since),
+        "run_after_lte": instant(until),
+        "order_by": "-id",
+        "page_limit": limit,
+    }
+    if unfinished:
+        body["states"] = ["queued", "running"]
+    return HttpRequest("POST", "/api/v2/dags/~/dagRuns/list", JSON_HEADERS, json_body(body))
+
+
+def get_task(dag_id: str, run_id: str, task_id: str) -> HttpRequest:
+    return HttpRequest("GET", f"{_run(dag_id, run_id)}/taskInstances/{segment('task id', task_id)}")
+
+
+def get_xcom(dag_id: str, run_id: str, task_id: str) -> HttpRequest:
+    """Return the question for what a task returned."""
+    return HttpRequest("GET", f"{get_task(dag_id, run_id, task_id).path}/xcomEntries/return_value")
+
+
 def read_version(response: HttpResponse) -> str | None:
     """Return Airflow's version ("3.3.2"), or None if this API does not exist there.
 
@@ -122,6 +170,33 @@ def read_run(response: HttpResponse, dag_id: str, run_id: str) -> RunView | None
     words = own_words(response)
     if response.status == 404 and words is not None and re.search(r"\bDag", words, re.IGNORECASE):
         return None
+    raise refusal(response)
+
+
+def read_runs(response: HttpResponse) -> RunList:
+    """Return how the runs of a list stand."""
+    if response.status != 200:
+        raise refusal(response)
+    return run_list(response)
+
+
+def read_xcom(response: HttpResponse) -> Xcom | None:
+    """Return what a task returned, or None if there is nothing: see `read_task` for why."""
+    if response.status == 200:
+        return xcom(response)
+    words = own_words(response)
+    if response.status == 404 and words is not None and words.startswith("XCom"):
+        return None
+    raise refusal(response)
+
+
+def read_task(response: HttpResponse) -> TaskKind:
+    """Return whether a run has such a task, and whether it has many instances."""
+    if response.status == 200 and isinstance(response.json(), dict):
+        return "plain"
+    words = own_words(response)
+    if response.status == 404 and words is not None and re.search(r"\btask\b", words, re.IGNORECASE):
+        return "mapped" if "is mapped" in words else "none"
     raise refusal(response)
 
 

@@ -41,10 +41,11 @@ LOGICAL_DATE = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 DAGS = """
 from datetime import datetime, timezone
 try:
-    from airflow.sdk import DAG, Param
+    from airflow.sdk import DAG, Param, task
     from airflow.providers.standard.operators.empty import EmptyOperator
 except ImportError:
     from airflow import DAG
+    from airflow.decorators import task
     from airflow.models.param import Param
     from airflow.operators.empty import EmptyOperator
 
@@ -62,6 +63,24 @@ params = {
 }
 with DAG("recorded_params", schedule=None, start_date=start, params=params):
     EmptyOperator(task_id="nothing")
+with DAG("recorded_results", schedule=None, start_date=start):
+    @task
+    def some():
+        return {"answer": 42, "n": [1, 2.5, None, True], "ü": "'\\"", "deep": {"a": {"b": []}}}
+
+    @task
+    def text():
+        return "[1, 2]"
+
+    @task
+    def none():
+        return None
+
+    @task
+    def many(n):
+        return n
+
+    some() >> text() >> none() >> many.expand(n=[1, 2])
 """
 BREAKS_LATER = DAGS.partition("params = ")[0].replace('"recorded"', '"recorded_broken"')
 
@@ -183,9 +202,41 @@ def record_both(record: Recorder, api: Any, root: str) -> None:
     record("note_of_unknown_run", api.set_note("recorded", "none", "x"))
     record("cleared", api.clear_run("recorded", "full"))
     record("clear_of_unknown_run", api.clear_run("recorded", "none"))
+    record_runs(record, api)
     record("no_such_path", HttpRequest("GET", f"{root}/nothing/here"))
     record("method_not_allowed", HttpRequest("DELETE", f"{root}/version"))
     record("content_type_wrong", HttpRequest("POST", runs, {"Content-Type": "text/plain"}, b"{}"))
+
+
+def record_runs(record: Recorder, api: Any) -> None:
+    """What is asked about runs that are waited for: how they stand, what their tasks returned."""
+    dag_id = "recorded_results"
+    record.airflow.wait_for_dag(dag_id)
+    record.send(with_admin(record, api.create_run(TriggerRequest(dag_id, {"a": 1}), "ended", NOTE)))
+    record.airflow.wait_for_run(dag_id, "ended")
+    answer = record("run_ended", api.get_run(dag_id, "ended"))
+    view = api.read_run(answer, dag_id, "ended")
+    at = view.run_after or view.logical_date
+    record("runs_listed", api.list_runs([dag_id], at, at))
+    record("runs_listed_unfinished", api.list_runs([dag_id], at, at, unfinished=True))
+    record("runs_listed_none", api.list_runs([dag_id], LOGICAL_DATE, LOGICAL_DATE))
+    record("runs_listed_of_unknown_dag", api.list_runs(["nope"], at, at))
+    record("runs_listed_first_of_many", api.list_runs(["recorded", dag_id], LOGICAL_DATE, at, limit=1))
+    listing = api.list_runs([dag_id], at, at)
+    record("runs_listed_by_nobody", listing, {})
+    record("runs_listed_wrongly", post(listing.path, {"canary": CANARY}))
+    for task_id in ("some", "text", "none", "many", "nobody"):
+        record(f"xcom_of_{task_id}", api.get_xcom(dag_id, "ended", task_id))
+    for task_id in ("none", "many", "nobody"):
+        record(f"task_{task_id}", api.get_task(dag_id, "ended", task_id))
+    record("xcom_of_unknown_run", api.get_xcom(dag_id, "none", "some"))
+    record("task_of_unknown_run", api.get_task(dag_id, "none", "some"))
+    record("run_failed_by_hand", api.fail_run("recorded", "full"))
+    record("fail_of_unknown_run", api.fail_run("recorded", "none"))
+
+
+def with_admin(record: Recorder, request: HttpRequest) -> HttpRequest:
+    return replace(request, headers={**request.headers, **record.admin})
 
 
 def record_broken(record: Recorder, api: Any) -> None:
@@ -197,12 +248,7 @@ def record_broken(record: Recorder, api: Any) -> None:
     number, last = 0, None
     while time.monotonic() < deadline:
         number += 1
-        response = record.send(
-            replace(
-                api.create_run(request, f"broken-{number}", NOTE),
-                headers={"Content-Type": "application/json", **record.admin},
-            )
-        )
+        response = record.send(with_admin(record, api.create_run(request, f"broken-{number}", NOTE)))
         if response.status != last:
             print(f"broken DAG: {response.status}")
             last = response.status

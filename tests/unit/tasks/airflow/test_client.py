@@ -473,3 +473,42 @@ def test_no_log_line_shows_a_secret(caplog):
     assert "connection=default" in caplog.text
     for secret in (CANARY, "pw-canary", "Bearer", "Basic", "t1"):
         assert secret not in caplog.text
+
+
+# What a task returned
+
+XCOM = {
+    api: f"GET /api/{api}/dags/d/dagRuns/r/taskInstances/t/xcomEntries/return_value" for api in ("v1", "v2")
+}
+TASK = {api: f"GET /api/{api}/dags/d/dagRuns/r/taskInstances/t" for api in ("v1", "v2")}
+
+
+@both
+def test_a_task_that_returned_nothing_is_told_from_one_that_is_not_there_and_one_that_is_mapped(api):
+    server = Scripted(api)
+    client = client_of(server)
+    server.on(XCOM[api], answer(api, "xcom_of_some"), answer(api, "xcom_of_none"))
+
+    assert client.get_xcom("d", "r", "t")["answer"] == 42
+    server.on(TASK[api], answer(api, "task_none"))
+    assert client.get_xcom("d", "r", "t") is None
+    server.on(TASK[api], answer(api, "task_many"))
+    with pytest.raises(RequestRejected, match="task 't' is mapped"):
+        client.get_xcom("d", "r", "t")
+    server.on(TASK[api], answer(api, "task_nobody"))
+    with pytest.raises(RequestRejected, match="no task 't'"):
+        client.get_xcom("d", "r", "t")
+
+
+def test_an_airflow_before_2_10_is_asked_for_the_repr():
+    server = Scripted("v1")
+    refused = said(
+        400, {"status": 400, "title": "Bad Request", "detail": "Extra query parameter(s) stringify"}
+    )
+    server.on(XCOM["v1"], refused, said(200, {"key": "return_value", "value": "{'answer': 42}"}))
+
+    assert client_of(server).get_xcom("d", "r", "t") == {"answer": 42}
+    assert [request.path.rpartition("?")[2] for request in server.requests[-2:]] == [
+        "stringify=false",
+        "/api/v1/dags/d/dagRuns/r/taskInstances/t/xcomEntries/return_value",
+    ]

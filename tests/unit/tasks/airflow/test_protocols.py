@@ -93,7 +93,7 @@ def test_a_body_that_airflow_2_cannot_read_is_not_sent():
 @pytest.mark.parametrize("dag_id", [".", ".."])
 def test_an_id_that_would_be_a_step_in_the_path_is_not_sent(api, dag_id):
     with pytest.raises(RequestRejected, match="cannot be part of a URL"):
-        PROTOCOLS[api].create_run(TriggerRequest(dag_id), "r1", "")
+        PROTOCOLS[api].get_run(dag_id, "r1")
     with pytest.raises(RequestRejected, match="cannot be part of a URL"):
         PROTOCOLS[api].get_run("d", dag_id)
 
@@ -495,3 +495,108 @@ def test_a_long_value_is_scrubbed_even_where_its_echo_is_cut(size):
             created("v2", said(400, {"detail": f"odd: {echo}"}), request=request)
         assert "secret" not in raised.value.words
         assert raised.value.words.startswith("odd: ")
+
+
+# Runs that are waited for
+
+
+def listed(api, case):
+    return PROTOCOLS[api].read_runs(answer(api, case))
+
+
+@both
+def test_runs_are_listed_by_the_time_that_never_changes_and_beyond_a_hundred(api):
+    sent = PROTOCOLS[api].list_runs(["a", "b"], DATE, DATE + timedelta(hours=1), unfinished=True)
+
+    assert (sent.method, sent.path) == ("POST", f"/api/{api}/dags/~/dagRuns/list")
+    name = "run_after" if api == "v2" else "execution_date"
+    assert body_of(sent) == {
+        "dag_ids": ["a", "b"],
+        f"{name}_gte": "2026-01-02T03:04:05+00:00",
+        f"{name}_lte": "2026-01-02T04:04:05+00:00",
+        "order_by": "-id",
+        "page_limit": 1000,
+        "states": ["queued", "running"],
+    }
+
+
+@both
+def test_a_list_tells_how_its_runs_stand_and_whether_there_are_more(api):
+    # Asked for from and until the very instant that Airflow had told of the run.
+    assert listed(api, "runs_listed").states == {("recorded_results", "ended"): "success"}
+    assert listed(api, "runs_listed").whole
+    assert listed(api, "runs_listed_unfinished").states == {}
+    assert listed(api, "runs_listed_none").states == {}
+    assert listed(api, "runs_listed_of_unknown_dag").states == {}
+    first = listed(api, "runs_listed_first_of_many")
+    assert list(first.states) == [("recorded_results", "ended")]  # the newest
+    assert not first.whole
+
+
+@both
+def test_a_list_that_is_refused_or_is_none_is_told_as_any_other_answer(api):
+    with pytest.raises(TokenRefused if api == "v2" else Forbidden):
+        listed(api, "runs_listed_by_nobody")
+    with pytest.raises(RequestRejected) as raised:
+        listed(api, "runs_listed_wrongly")
+    assert CANARY not in str(raised.value)
+    for odd in (said(200, {}), said(200, []), said(200, {"dag_runs": None}), page(200), page(502)):
+        with pytest.raises(AirflowUnavailable):
+            PROTOCOLS[api].read_runs(odd)
+    with_odd_runs = said(200, {"dag_runs": [None, {"dag_id": "d", "dag_run_id": "r", "state": None}]})
+    assert PROTOCOLS[api].read_runs(with_odd_runs).states == {}
+
+
+@both
+def test_what_a_task_returned_is_read_as_json(api):
+    read = PROTOCOLS[api].read_xcom
+    some = {"answer": 42, "n": [1, 2.5, None, True], "ü": "'\"", "deep": {"a": {"b": []}}}
+
+    assert read(answer(api, "xcom_of_some")).value == some
+    assert read(answer(api, "xcom_of_text")).value == "[1, 2]"  # a text stays one
+    for nothing in ("none", "many", "nobody", "unknown_run"):
+        assert read(answer(api, f"xcom_of_{nothing}")) is None
+    for odd in (page(404), page(200), said(200, {"key": "return_value"})):
+        with pytest.raises((AirflowUnavailable, NotThisApi)):
+            read(odd)
+
+
+@both
+def test_why_a_task_returned_nothing_is_told(api):
+    read = PROTOCOLS[api].read_task
+
+    assert read(answer(api, "task_none")) == "plain"
+    assert read(answer(api, "task_many")) == "mapped"
+    assert read(answer(api, "task_nobody")) == read(answer(api, "task_of_unknown_run")) == "none"
+    with pytest.raises(NotThisApi):
+        read(page(404))
+
+
+@pytest.mark.parametrize(
+    ("told", "meant"),
+    [
+        (
+            "{'answer': 42, 'ok': True, 'no': None, 't': (1, 2)}",
+            {"answer": 42, "ok": True, "no": None, "t": [1, 2]},
+        ),
+        ('{"answer": true}', {"answer": True}),
+        ("done", "done"),
+        ("{1, 2}", "{1, 2}"),
+        ("nan", "nan"),
+        ("datetime.datetime(2026, 1, 1)", "datetime.datetime(2026, 1, 1)"),
+        ("((" * 200, "((" * 200),
+        (None, None),
+    ],
+)
+def test_pythons_repr_of_an_old_airflow_2_is_json_where_it_can_be(told, meant):
+    assert protocol_v1.read_xcom_text(said(200, {"value": told})).value == meant
+
+
+@both
+def test_a_run_is_failed_by_its_state(api):
+    sent = PROTOCOLS[api].fail_run("d", "r1")
+
+    assert (sent.method, sent.path.partition("?")[0]) == ("PATCH", f"/api/{api}/dags/d/dagRuns/r1")
+    assert body_of(sent) == {"state": "failed"}
+    assert PROTOCOLS[api].read_run(answer(api, "run_failed_by_hand"), "recorded", "full").state == "failed"
+    assert PROTOCOLS[api].read_run(answer(api, "fail_of_unknown_run"), "recorded", "none") is None
