@@ -74,13 +74,12 @@ def worker(valkey: Valkey, stub: Stub, folder: Path, name: str = "w1") -> Worker
         options=("-c", "8"),
         DAGRELAY_SERVICE_BENCH=json.dumps({"url": stub.url, "max_in_flight": 100}),
         DAGRELAY_VISIBILITY_TIMEOUT_S="30",
-        DAGRELAY_LOG_LEVEL="WARNING",
     )
 
 
 def start_jobs(valkey: Valkey, jobs: int, every_s: float) -> float:
     """Have so many jobs wait for their looks, spread over the interval; return Redis' bytes for each."""
-    client = redis.Redis.from_url(valkey.url)
+    client: Any = redis.Redis.from_url(valkey.url)
     relay = RelayClient(ProducerSettings(redis_url=valkey.url, client_name="benchmark"))
     request = PollRequest(
         service="bench",

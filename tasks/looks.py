@@ -43,7 +43,7 @@ CALL: Final = "dagrelay:look-call"
 """There while a message `tasks.look` has been sent and has not begun."""
 
 CALL_S: Final = 2.0
-"""After this long another may be sent: the first may be in the hand of a worker whose threads are all busy."""
+"""After this long another may be sent: the first may be held by a worker whose threads are all busy."""
 
 IDLE_S: Final = 1.0
 """How often a worker asks what is due, where it knows of nothing that is due earlier."""

@@ -39,9 +39,8 @@ class Worker:
         ]
         self._env = clean_env(
             DAGRELAY_REDIS_URL=redis_url,
-            DAGRELAY_VISIBILITY_TIMEOUT_S="5",
             **{f"AIRFLOW_CONN_{name.upper()}": uri for name, uri in (connections or {}).items()},
-            **env,
+            **{"DAGRELAY_VISIBILITY_TIMEOUT_S": "5", **env},
         )
         self._process: Process | None = None
 

@@ -1,0 +1,163 @@
+"""Looks at the jobs of one outside service: many at once over the process's loop, each by its own message."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Final
+
+from celery.utils.log import get_logger
+
+from producers.errors import DagrelayError
+from producers.stores.waits import Claimed, Seen
+
+from .app import said
+from .http import NoAnswer, reset_after_fork
+from .http_many import ManySender, in_loop
+from .job_answers import End, Look, Observed, given_up, look_of, no_answer, read_look
+from .looks import SLACK_S, Done
+from .services import Service
+
+log = get_logger("dagrelay.looks")
+
+FACTS: Final = ("job_id", "reference", "waiting_since", "seen", "progress", "errors")
+"""What a look needs of the record."""
+
+TOGETHER_S: Final = 0.01
+"""Answers that come within this time are handed over as one."""
+
+
+class JobFollower:
+    """The jobs of one service: as many at once as its `max_in_flight` says."""
+
+    facts: tuple[str, ...] = FACTS
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.group = f"service:{service.id}"
+        # Longer than a look can take: a look that is still going on is never claimed by another.
+        self.lease_s = service.connect_timeout_s + service.read_timeout_s + SLACK_S
+        self._sender = ManySender(
+            service.base_url,
+            connect_timeout_s=service.connect_timeout_s,
+            read_timeout_s=service.read_timeout_s,
+            verify=service.trusts,
+            in_flight=service.max_in_flight,
+        )
+        self.after_fork()
+        reset_after_fork(self)
+
+    def after_fork(self) -> None:
+        self._open = 0
+        self._running: set[asyncio.Task[Seen]] = set()  # the loop itself holds tasks weakly only
+        self._handing_over = False
+        self._seen: list[tuple[Done, Seen]] = []
+
+    def room(self) -> int:
+        """Return how many looks may begin: none waits for another, so that its lease is for its own time."""
+        return max(0, self.service.max_in_flight - self._open)
+
+    def start(self, claimed: Sequence[Claimed], now: float, done: Done) -> None:
+        """Ask about all of them at once."""
+        self._open += len(claimed)
+        in_loop(self._begin(claimed, now, done))
+
+    async def _begin(self, claimed: Sequence[Claimed], now: float, done: Done) -> None:
+        loop = asyncio.get_running_loop()
+        for one in claimed:
+            task = loop.create_task(self._look(one, now))
+            self._running.add(task)
+            task.add_done_callback(partial(self._ended, loop, one, done))
+
+    def _ended(self, loop: Any, claimed: Claimed, done: Done, finished: asyncio.Task[Seen]) -> None:
+        """In the loop: note what a look saw, and hand it over with those that end about now."""
+        self._running.discard(finished)
+        self._open -= 1
+        if finished.cancelled() or finished.exception() is not None:
+            why = "cancelled" if finished.cancelled() else repr(finished.exception())
+            log.error("a look failed task_id=%s: %s", claimed.task_id, why)
+            seen = Seen(claimed.task_id, claimed.epoch, "again", self.lease_s)
+        else:
+            seen = finished.result()
+        self._seen.append((done, seen))
+        if not self._handing_over:
+            self._handing_over = True
+            loop.call_later(TOGETHER_S, self._hand_over)
+
+    def _hand_over(self) -> None:
+        self._handing_over = False
+        seen, self._seen = self._seen, []
+        by_batch: dict[int, tuple[Done, list[Seen]]] = {}
+        for done, one in seen:
+            by_batch.setdefault(id(done), (done, []))[1].append(one)
+        for done, several in by_batch.values():
+            done(several)
+
+    async def _look(self, claimed: Claimed, now: float) -> Seen:
+        job_id, reference, since, seen, progress, errors = claimed.facts
+        message = message_of(claimed)
+        try:
+            look = look_of(
+                message, self.service, claimed.task_id, job_id=job_id, reference=reference, seen=seen
+            )
+        except DagrelayError as exc:
+            end = Observed("unreadable", words=said(exc), field="job_id")
+            return ended(claimed, end)
+        try:
+            observed = read_look(look, await self._sender.send(look.request))
+        except NoAnswer as exc:
+            observed = no_answer(exc.reason)
+        waited_s = now - float(since) if since else 0.0
+        return told(claimed, look, observed, waited_s, seen or "", progress or "", int(errors or 0))
+
+
+def told(
+    claimed: Claimed,
+    look: Look,
+    observed: Observed,
+    waited_s: float,
+    seen: str,
+    progress: str,
+    errors: int,
+) -> Seen:
+    """Return what a look saw as the store takes it; `seen`, `progress` and `errors` are what was known."""
+    rules = look.rules
+    if observed.ends:
+        return ended(claimed, observed)
+    pause_s = rules.pause_s(waited_s, observed.retry_after_s)
+    if observed.is_error:
+        if not observed.counts:
+            return Seen(claimed.task_id, claimed.epoch, "again", pause_s)
+        errors += 1
+        if errors > rules.max_errors:
+            return ended(claimed, given_up(observed, errors))
+        # Twice as long with each error, so that a service that is down is left alone.
+        pause_s = max(pause_s, min(rules.max_interval_s, rules.interval_s * 2 ** min(errors, 20)))
+        return Seen(claimed.task_id, claimed.epoch, "error", pause_s, str(errors), observed.words)
+    if observed.state != seen or observed.progress != progress or errors:
+        return Seen(
+            claimed.task_id,
+            claimed.epoch,
+            "changed",
+            pause_s,
+            observed.state,
+            observed.progress,
+            shown=observed.state != seen,
+        )
+    return Seen(claimed.task_id, claimed.epoch, "again", pause_s)
+
+
+def ended(claimed: Claimed, observed: Observed) -> Seen:
+    """Return that a job has ended: the task that waits is sent on, with how."""
+    words = f"the job is {observed.state}" if observed.state else f"the job ended: {observed.kind}"
+    observation = json.dumps(End.of(observed).to_json())
+    return Seen(claimed.task_id, claimed.epoch, "wake", 0.0, observation, words)
+
+
+def message_of(claimed: Claimed) -> dict[str, Any]:
+    """Return the keyword arguments of a parked message."""
+    envelope = json.loads(claimed.message)
+    kwargs: dict[str, Any] = json.loads(envelope["body"])[1]
+    return kwargs
