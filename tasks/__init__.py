@@ -1,6 +1,7 @@
 """What workers run: `celery -A tasks worker`."""
 
 from .app import app
+from . import looks as looks
 from .external_job import poll_external_job
 from .trigger import settle_outcome, trigger_dag
 
