@@ -70,6 +70,8 @@ task_reject_on_worker_lost = True  # prefork: a killed child's message goes back
 task_serializer = result_serializer = event_serializer = "json"
 accept_content = result_accept_content = ["json"]  # nothing else is ever decoded
 result_expires = _settings.result_ttl_s
+# A chord's bookkeeping outlives the longest wait of its parts (90 days) and what holds them up before it.
+result_chord_expires = 120 * 86_400
 result_extended = False  # it would keep the raw arguments, conf and all, beside the result
 task_ignore_result = False  # `.get()` and chords read them
 task_send_sent_event = False  # one more event for each task, and it says nothing new

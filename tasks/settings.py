@@ -38,6 +38,8 @@ class WorkerSettings:
     """The longest wait between two attempts; what Airflow asks for by Retry-After goes beyond it."""
     hold_probe_s: float = 30.0
     """How often a connection whose credentials were refused is tried again, by one request."""
+    fan_out_watch_s: float = 60.0
+    """How often a fan-out that does not get on is looked at: whether all of its parts are still there."""
 
 
 def _redis_url(environ: Mapping[str, str], mistakes: list[str]) -> str:
@@ -111,6 +113,7 @@ def read_settings(environ: Mapping[str, str]) -> WorkerSettings:
         look_up_every_s=_number(environ, "DAGRELAY_LOOK_UP_EVERY_S", 30, 1, 3600, mistakes),
         retry_cap_s=_number(environ, "DAGRELAY_RETRY_CAP_S", 20, 0.1, 3600, mistakes),
         hold_probe_s=_number(environ, "DAGRELAY_HOLD_PROBE_S", 30, 1, 3600, mistakes),
+        fan_out_watch_s=_number(environ, "DAGRELAY_FAN_OUT_WATCH_S", 60, 0.2, 3600, mistakes),
     )
     if mistakes:
         raise ConfigurationError(*mistakes)

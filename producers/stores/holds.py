@@ -59,6 +59,10 @@ class Holds:
         left = _ASK.run(self._client, (_key(connection, fingerprint),), (self._probe_every_s,))
         return float(left)
 
+    def held(self, connection: str, fingerprint: str) -> bool:
+        """Tell whether a connection is held, without being the one to find out whether it still needs to be."""
+        return bool(self._client.exists(_key(connection, fingerprint)))
+
     def release(self, connection: str, fingerprint: str) -> None:
         """End a hold; nothing happens where there is none."""
         self._client.delete(_key(connection, fingerprint))

@@ -217,6 +217,14 @@ class AirflowClient:
             raise RequestRejected(404, f"the run has no task {task_id!r}")
         return None
 
+    def authorised(self) -> tuple[ApiModule, Mapping[str, str]]:
+        """Return which API the server speaks, and the headers that authorise a request: for who sends by himself.
+
+        An answer that is no success is to be brought here again: this renews no token.
+        """
+        server = self._known_server()
+        return server.protocol, self._headers(server)
+
     def version(self) -> str:
         """Return Airflow's version, such as "3.3.2"."""
         server = self._known_server()

@@ -22,8 +22,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import tzinfo
 from functools import cached_property
 from typing import Any, Final
@@ -36,6 +36,7 @@ from celery.utils.log import get_logger
 from celery.worker import state as worker_state
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
+from kombu.utils import json as kombu_json
 from redis.backoff import NoBackoff
 from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 from redis.retry import Retry
@@ -75,6 +76,24 @@ parked: Final = Signal(name="parked", providing_args=["readable", "due"])
 
 quarantined: Final = Signal(name="quarantined", providing_args=["reason", "queue_key"])
 """Sent when a message was put into quarantine."""
+
+
+_gathering = threading.local()
+
+
+@contextmanager
+def gathered() -> Iterator[list[tuple[str, bytes]]]:
+    """Gather what this thread publishes instead of publishing it: the queue's list and the message, in order.
+
+    For an application whose own script pushes messages together with something else. Nothing of it is parked:
+    what is not due yet is when it is claimed.
+    """
+    found: list[tuple[str, bytes]] = []
+    _gathering.messages = found
+    try:
+        yield found
+    finally:
+        _gathering.messages = None
 
 
 class Message(virtual.Message):
@@ -659,6 +678,10 @@ class Channel(kombu_redis.Channel):
 
     def _put(self, queue: str, message: dict[str, Any], **kwargs: Any) -> Any:
         """Publish a message, or park it when it is not due yet, or waits for something."""
+        if (found := getattr(_gathering, "messages", None)) is not None:
+            key = self.keys.queue(queue, self.priority(self._get_message_priority(message, reverse=False)))
+            found.append((key, kombu_json.dumps(message).encode()))
+            return None
         waits = message.get("headers", {}).pop("parked_wait", None)
         if waits is not None and self.park_waiting is not None:
             return self._put_waiting(queue, message, waits)
