@@ -60,7 +60,7 @@ class Holds:
         return float(left)
 
     def held(self, connection: str, fingerprint: str) -> bool:
-        """Tell whether a connection is held, without being the one to find out whether it still needs to be."""
+        """Tell whether a connection is held, without being the one to find out if it works again."""
         return bool(self._client.exists(_key(connection, fingerprint)))
 
     def release(self, connection: str, fingerprint: str) -> None:

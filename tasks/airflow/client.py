@@ -218,9 +218,9 @@ class AirflowClient:
         return None
 
     def authorised(self) -> tuple[ApiModule, Mapping[str, str]]:
-        """Return which API the server speaks, and the headers that authorise a request: for who sends by himself.
+        """Return which API the server speaks, and the headers that authorise a request, for a batch.
 
-        An answer that is no success is to be brought here again: this renews no token.
+        An answer that is no success is to be asked for here once more: this renews no token.
         """
         server = self._known_server()
         return server.protocol, self._headers(server)
