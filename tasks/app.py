@@ -18,7 +18,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
-from billiard.einfo import ExceptionInfo
+from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
+from billiard.exceptions import WorkerLostError
 from celery import Celery, Task, signals
 from celery.app.trace import TraceInfo, trace_ok_t
 from celery.exceptions import Reject, Retry
@@ -35,7 +36,7 @@ from producers.stores.waits import Waits
 
 from . import waiting
 from .event_batches import EventBatches, tell
-from .redis_transport import Channel
+from .redis_transport import Channel, Why
 from .redis_transport import worker as redis_transport_worker
 from .results import NotHandedOver, RecordedBackend
 from .settings import settings
@@ -58,7 +59,7 @@ class RelayRequest(Request):
         # The trace that logs the outcome reads these.
         self._request_dict["argsrepr"], self._request_dict["kwargsrepr"] = "()", shown
         if self._task.recorded:
-            # The end of a request is written with its result: also for a caller who has no use for the result.
+            # The end of a request is written with its result: also for a caller who has no use for that.
             self._ignore_result = self._request_dict["ignore_result"] = False
 
     def reject(self, requeue: bool = False) -> None:
@@ -72,13 +73,21 @@ class RelayRequest(Request):
         if not self.acknowledged:
             self.acknowledged = True
             log.warning("not acknowledged, comes back task_id=%s", self.id)
-            self._message.channel.qos.give_back(self._message.delivery_tag, counted=self._failed_by_itself)
+            begun: Why = "unseen" if self.time_start is None else "begun"
+            why: Why = "counted" if self._failed_by_itself else begun
+            self._message.channel.qos.give_back(self._message.delivery_tag, why)
             self.send_event("task-rejected", requeue=True)
 
     def on_failure(self, exc_info: Any, *args: Any, **kwargs: Any) -> Any:
-        """Note whether the message itself may be the reason: such a one is not given back for ever."""
+        """Note whether the message itself may be the reason: such a one is not given back for ever.
+
+        So it may be with what a child of the pool died of.
+        """
         exc = exc_info.exception
-        self._failed_by_itself = isinstance(exc, NotHandedOver) and exc.by_itself
+        if isinstance(exc, ExceptionWithTraceback):
+            exc = exc.exc
+        died = isinstance(exc, WorkerLostError | SystemExit | KeyboardInterrupt)
+        self._failed_by_itself = died or (isinstance(exc, NotHandedOver) and exc.by_itself)
         return super().on_failure(exc_info, *args, **kwargs)
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:

@@ -6,6 +6,7 @@ three events a task, that was a fifth of the CPU of a busy worker.
 
 from __future__ import annotations
 
+import os
 from typing import Any, Final
 
 from celery import bootsteps
@@ -17,13 +18,14 @@ others that want to say something wait for it."""
 
 
 _dispatcher: Any = None
+_pid = 0  # a child that a pool forks later has the dispatcher too, and its parent's connection in it
 
 
 def tell(kind: str, **fields: Any) -> None:
     """Send an event about a task beside those that Celery sends, where this process may: in a worker's own
     process, with events enabled. What is not sent is lost, as events are."""
     dispatcher = _dispatcher
-    if dispatcher is not None and dispatcher.enabled:
+    if dispatcher is not None and dispatcher.enabled and os.getpid() == _pid:
         dispatcher.send(kind, **fields)
 
 
@@ -33,8 +35,8 @@ class EventBatches(bootsteps.StartStopStep):
     requires = ("celery.worker.consumer.events:Events",)
 
     def start(self, consumer: Any) -> None:
-        global _dispatcher
-        _dispatcher = consumer.event_dispatcher
+        global _dispatcher, _pid
+        _dispatcher, _pid = consumer.event_dispatcher, os.getpid()
         self._hub, self._dispatcher = consumer.hub, consumer.event_dispatcher
         self._waiting = False
         if self._hub is not None and self._dispatcher is not None:

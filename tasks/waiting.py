@@ -2,8 +2,8 @@
 
 The task's own message, whole, with its callbacks, its group and its chord, is parked with a deadline in one
 script (`producers.stores.waits.WAIT`), together with the record that says what it waits for. It comes back to
-its queue at the deadline, by a wake, or by a look that saw the end, and runs again through Celery's ordinary path.
-Its retries are the number of this wait (its epoch); nothing of what it knows lies in the message.
+its queue at the deadline, by a wake, or by a look that saw the end, and runs again through Celery's ordinary
+path. Its retries are the number of this wait (its epoch); nothing of what it knows lies in the message.
 """
 
 from __future__ import annotations

@@ -15,9 +15,11 @@ key                          what
 ============================ =============================================================================
 
 **Epochs.** Each wait of a task has a number, the retries of its parked message, also kept in the record
-(``retried``). A look holds a token, the score that its lease has in the sorted set: what it reports counts
-only while the task is parked in the same epoch and the token is still there. So a late look changes nothing,
-and one that is done twice counts once.
+(``retried``). What is not newer than that number cannot be parked: a call that is repeated because its
+answer was lost, or an older copy of the message that came back from a worker that died. A look holds a
+token, the score that its lease has in the sorted set: what it reports counts only while the task is parked
+in the same epoch and the token is still there. So a late look changes nothing, and one that is done twice
+counts once.
 
 **The mailbox** is ``seen``: a wake writes there whether the task is parked or not, and WAIT sends a message
 straight back to its queue while there is something that the task has not read. So a wake between the
@@ -44,7 +46,7 @@ CANCELLED: Final = "dagrelay:cancelled"
 CANCELS: Final = "dagrelay:cancels"
 
 MAX_SEEN: Final = 1000
-"""Observations kept for a task that does not come to read them; the newest go."""
+"""Observations kept for a task that does not come to read them. In place of newer ones it reads `null`."""
 
 MAX_HISTORY: Final = 100
 
@@ -88,7 +90,9 @@ local function note(id, words)
     + str(KEEP_S)
     + """)
 end
-local function epoch_of(value) return tonumber(string.sub(value, 1, string.find(value, '\\0', 1, true) - 1)) end
+local function epoch_of(value)
+  return tonumber(string.sub(value, 1, string.find(value, '\\0', 1, true) - 1))
+end
 local function send_on(id, value)
   local a = string.find(value, '\\0', 1, true)
   local b = string.find(value, '\\0', a + 1, true)
@@ -99,9 +103,15 @@ local function send_on(id, value)
 end
 local function see(id, observation)
   local key = 'dagrelay:seen:' .. id
-  if redis.call('RPUSH', key, observation) > """
+  local count = redis.call('RPUSH', key, observation)
+  if count > """
     + str(MAX_SEEN)
-    + """ then redis.call('RPOP', key) end
+    + """ then
+    redis.call('RPOP', key)
+    if count == """
+    + str(MAX_SEEN + 1)
+    + """ then redis.call('RPUSH', key, 'null') end  -- go and look: the end may be among those that went
+  end
   redis.call('EXPIRE', key, """
     + str(KEEP_S)
     + """)
@@ -109,11 +119,14 @@ end
 """
 )
 
-# Park a waiting task. KEYS: parked, due, record, seen, cancelled, the group's looks. ARGV: task id, deadline (seconds since 1970), epoch, queue list, message, how many observations it has read, seconds
-# until the first look, what it waits for, the group ('' for none), then pairs of the record's fields.
-# Returns parked; queued (there is something to read already, or the deadline is over); stale (a newer copy
-# waits or has run) or ended, and then nothing was done; cancelled, and then nothing was done either: the
-# message is to be sent on with its mark.
+# Park a waiting task. KEYS: parked, due, record, seen, cancelled, the group's looks. ARGV: task id, deadline
+# (seconds since 1970), epoch, queue list, message, how many observations it has read, seconds until the first
+# look, what it waits for, the group ('' for none), then pairs of the record's fields.
+# Returns parked; queued (there is something to read already, or the deadline is over); stale (this epoch or a
+# later one is in Redis already: a call that is repeated, or an older copy of the task, which has read what is
+# not for it) or ended, and then nothing was done; cancelled, and then nothing was done either: the message is
+# to be sent on with its mark. It begins with a deletion, so that it goes on where Redis is full: the message
+# takes the place of one that a worker holds.
 WAIT: Final = Script(
     _COMMON
     + """
@@ -121,7 +134,7 @@ local parked, due, record, seen = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local id, deadline, epoch, group = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[9]
 local known = redis.call('HMGET', record, 'state', 'retried', 'look')
 if ended(known[1]) then return 'ended' end
-if known[2] and tonumber(known[2]) > epoch then return 'stale' end
+if known[2] and tonumber(known[2]) >= epoch then return 'stale' end
 local there = redis.call('HGET', parked, id)
 if there and epoch_of(there) > epoch then return 'stale' end
 if redis.call('ZSCORE', KEYS[5], id) then return 'cancelled' end
@@ -143,22 +156,38 @@ if deadline <= now or redis.call('LLEN', seen) > 0 then
   if group ~= '' then redis.call('ZREM', KEYS[6], id) end
   return 'queued'
 end
-redis.call('HSET', parked, id, ARGV[3] .. '\\0' .. string.format('%.3f', now) .. '\\0' .. ARGV[4] .. '\\0' .. ARGV[5])
+redis.call('HSET', parked, id,
+  ARGV[3] .. '\\0' .. string.format('%.3f', now) .. '\\0' .. ARGV[4] .. '\\0' .. ARGV[5])
 redis.call('ZADD', due, ARGV[2], id)
 if group ~= '' then redis.call('ZADD', KEYS[6], string.format('%.6f', now + ARGV[7]), id) end
 return 'parked'
 """
 )
 
-# Register wake keys. KEYS: the sets. ARGV: task id, seconds for which they are to live at least.
-REGISTER: Final = Script("""
-for _, key in ipairs(KEYS) do
-  redis.call('SADD', key, ARGV[1])
-  local left = redis.call('TTL', key)
-  if left < tonumber(ARGV[2]) then redis.call('EXPIRE', key, ARGV[2]) end
-end
-return #KEYS
+# What a task has not read yet. KEYS: record, seen. ARGV: the number of the wait from which it came back. From
+# now on what an older copy of it parks is stale: it cannot take away what this one reads.
+OBSERVE: Final = Script("""
+local retried = redis.call('HGET', KEYS[1], 'retried')
+if retried and tonumber(retried) < tonumber(ARGV[1]) then redis.call('HSET', KEYS[1], 'retried', ARGV[1]) end
+return redis.call('LRANGE', KEYS[2], 0, -1)
 """)
+
+# Register wake keys. KEYS: the record, the sets. ARGV: task id, seconds for which they are to live at least.
+# A wake asks the record, so there is one from now on. Returns 0, and does nothing, if the task has ended.
+REGISTER: Final = Script(
+    _COMMON
+    + """
+if ended(redis.call('HGET', KEYS[1], 'state')) then return 0 end
+redis.call('HSETNX', KEYS[1], 'state', 'accepted')
+redis.call('HSETNX', KEYS[1], 'accepted_at', now_text)
+redis.call('HSETNX', KEYS[1], 'due_at', now_text)
+for i = 2, #KEYS do
+  redis.call('SADD', KEYS[i], ARGV[1])
+  if redis.call('TTL', KEYS[i]) < tonumber(ARGV[2]) then redis.call('EXPIRE', KEYS[i], ARGV[2]) end
+end
+return 1
+"""
+)
 
 # Wake by a key. KEYS: the key's set. ARGV: observation, by whom. Returns how many tasks were sent on, and for
 # how many it waits in their mailbox.
@@ -188,7 +217,8 @@ return {woken, mailed}
 """
 )
 
-# Wake by id. KEYS: none. ARGV: observation, by whom, ids. Returns the ids that were parked.
+# Wake by id. KEYS: none. ARGV: observation, by whom, ids. Returns the ids that were parked. One that runs
+# just now, or is about to, finds it in its mailbox; but no mere `null` where it has not waited yet.
 WAKE: Final = Script(
     _COMMON
     + """
@@ -196,12 +226,13 @@ local woken = {}
 for i = 3, #ARGV do
   local id = ARGV[i]
   local value = redis.call('HGET', 'dagrelay:parked', id)
+  local known = redis.call('HMGET', 'dagrelay:record:' .. id, 'state', 'waits_for', 'look')
+  local open = known[1] and not ended(known[1])
+  if open and (known[2] or ARGV[1] ~= 'null') then see(id, ARGV[1]) end
   if value then
-    local known = redis.call('HMGET', 'dagrelay:record:' .. id, 'state', 'waits_for', 'look')
-    if known[2] then see(id, ARGV[1]) end
     send_on(id, value)
     if known[3] and known[3] ~= '' then redis.call('ZREM', 'dagrelay:looks:' .. known[3], id) end
-    if known[1] then note(id, 'woken by ' .. ARGV[2]) end
+    if open then note(id, 'woken by ' .. ARGV[2]) end
     woken[#woken + 1] = id
   end
 end
@@ -212,23 +243,26 @@ return woken
 # Claim looks that are due. KEYS: the group's looks. ARGV: seconds of the lease, how many at the most, the
 # record's fields to return. Returns the token, then for each one text with NUL between its parts (to read one
 # text costs a client a tenth of reading ten): id, seconds late, the fields ('' for none), the parked value.
+# A look belongs to the wait that asked for it: where a deadline ended that, and a retry is parked, it goes.
 CLAIM_LOOKS: Final = Script(
     _COMMON
     + """
 local ids = redis.call('ZRANGE', KEYS[1], '-inf', now, 'BYSCORE', 'LIMIT', 0, ARGV[2], 'WITHSCORES')
 local token = string.format('%.6f', now + ARGV[1])
 local answer = {token}
+redis.call('ZREM', KEYS[1], '')  -- nothing: a deletion first, so that looks go on where Redis is full
 for i = 1, #ids, 2 do
   local id = ids[i]
   local value = redis.call('HGET', 'dagrelay:parked', id)
-  if value then
+  local facts = redis.call('HMGET', 'dagrelay:record:' .. id, 'retried', 'next_at', unpack(ARGV, 3))
+  if value and not facts[2] and facts[1] and tonumber(facts[1]) == epoch_of(value) then
     redis.call('ZADD', KEYS[1], token, id)
     local parts = {id, string.format('%.3f', now - ids[i + 1])}
-    for _, fact in ipairs(redis.call('HMGET', 'dagrelay:record:' .. id, unpack(ARGV, 3))) do
-      parts[#parts + 1] = fact or ''
+    for fact = 3, #ARGV do
+      parts[#parts + 1] = facts[fact] and string.gsub(facts[fact], '%z', ' ') or ''
     end
     parts[#parts + 1] = value
-    answer[#answer + 1] = table.concat(parts, '\0')
+    answer[#answer + 1] = table.concat(parts, '\\0')
   else
     redis.call('ZREM', KEYS[1], id)
   end
@@ -237,18 +271,19 @@ return answer
 """
 )
 
-# What looks saw. KEYS: the group's looks. ARGV: token, then for each look one text, NUL between its six parts:
-# id, epoch, verb, seconds until the next look, and two more. Verbs: `again` (nothing new); `changed` (state, progress); `error` (how many in
-# a row, reason); `wake` (observation, words for the history). Returns a text with 1 for each that counted, and 0
-# for each that came too late.
+# What looks saw. KEYS: the group's looks. ARGV: token, then for each look one text, NUL between its parts:
+# id, epoch, verb, seconds until the next look, and two more. Verbs: `again` (nothing new); `changed` (state,
+# progress); `error` (how many in a row, reason); `wake` (observation, words for the history). Returns a text
+# with 1 for each that counted, and 0 for each that came too late.
 REPORT: Final = Script(
     _COMMON
     + """
 local looks, token = KEYS[1], tonumber(ARGV[1])
 local counted = {}
+redis.call('ZREM', looks, '')  -- nothing: see CLAIM_LOOKS
 for i = 2, #ARGV do
   local parts = {}
-  for text in string.gmatch(ARGV[i] .. '\0', '(%Z*)%z') do parts[#parts + 1] = text end
+  for text in string.gmatch(ARGV[i] .. '\\0', '(%Z*)%z') do parts[#parts + 1] = text end
   local id, epoch, verb = parts[1], tonumber(parts[2]), parts[3]
   local score = redis.call('ZSCORE', looks, id)
   local value = score and tonumber(score) == token and redis.call('HGET', 'dagrelay:parked', id)
@@ -295,22 +330,30 @@ return answer
 """
 )
 
-# KEYS: record, cancelled, cancels. ARGV: task id, by whom, seconds to keep the wish. Returns the state that
-# the record has ('' for none); nothing was done where it has ended.
+# KEYS: record, cancelled, cancels, parked. ARGV: task id, by whom, seconds to keep the wish, the parked value
+# that was read ('' for none), the same with the mark in its message, which is then sent on. Returns the state
+# that the record has ('' for none), and nothing was done where it has ended; or `again`, and nothing was done
+# either, where what is parked is not what was read.
 CANCEL: Final = Script(
     _COMMON
     + """
-local state = redis.call('HGET', KEYS[1], 'state')
-if ended(state) then return state end
+local id = ARGV[1]
+local known = redis.call('HMGET', KEYS[1], 'state', 'look', 'cancel_by')
+if ended(known[1]) then return known[1] end
+local value = redis.call('HGET', KEYS[4], id)
+if (value or '') ~= ARGV[4] then return 'again' end
 redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now - ARGV[3])
-if redis.call('ZADD', KEYS[2], 'NX', now_text, ARGV[1]) == 1 then
-  redis.call('INCR', KEYS[3])
-  if state then
-    redis.call('HSET', KEYS[1], 'cancel_by', ARGV[2])
-    note(ARGV[1], 'cancel asked by ' .. ARGV[2])
-  end
+redis.call('ZADD', KEYS[2], now_text, id)
+redis.call('INCR', KEYS[3])
+if known[1] and not known[3] then
+  redis.call('HSET', KEYS[1], 'cancel_by', ARGV[2])
+  note(id, 'cancel asked by ' .. ARGV[2])
 end
-return state or ''
+if value then
+  send_on(id, ARGV[5])
+  if known[2] and known[2] ~= '' then redis.call('ZREM', 'dagrelay:looks:' .. known[2], id) end
+end
+return known[1] or ''
 """
 )
 
@@ -335,7 +378,7 @@ return 1
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """One parked task. Instants are seconds since 1970 by Redis' clock; `next_look_at` is None without looks."""
+    """One parked task. Instants are seconds since 1970 by Redis' clock."""
 
     task_id: str
     task: str
@@ -346,6 +389,7 @@ class Waiting:
     waits_for: str
     """What it waits for: `retry`, or in words."""
     next_look_at: float | None = None
+    """None where nothing looks."""
     seen: str | None = None
     """The last state that a look saw."""
     progress: str | None = None
@@ -393,7 +437,10 @@ class Waits:
     # What callers and doors do
 
     def wake(self, task_ids: Iterable[str], observation: Any = None, by: str = "hand") -> list[str]:
-        """Send parked tasks on early, with what was observed (None: go and look); return which were parked."""
+        """Send parked tasks on early, with what was observed (None: go and look); return which were parked.
+
+        One that runs just now, or waits in its queue, reads it all the same.
+        """
         ids = list(task_ids)
         found = WAKE.run(self._client, (), (json.dumps(observation), by, *ids)) if ids else []
         return [_text(one) for one in found]
@@ -406,26 +453,33 @@ class Waits:
     def cancel(self, task_id: str, by: str = "hand") -> str:
         """Ask for a task to be cancelled; return the state it is in, "" for one that is not on record.
 
-        One that has ended stays as it is. A parked one is sent on at once; what runs just now is not disturbed.
+        One that has ended stays as it is. A parked one is sent on at once, with a mark by which the worker
+        that gets it has Celery end it; what runs just now is not disturbed, and ends where it would wait.
         """
+        return self.cancel_many([task_id], by)[0]
+
+    def cancel_many(self, task_ids: Sequence[str], by: str = "hand") -> list[str]:
+        """Ask for many to be cancelled, as `cancel` does for one; return their states."""
         from .records import record_key
 
-        state = _text(
-            CANCEL.run(self._client, (record_key(task_id), CANCELLED, CANCELS), (task_id, by, KEEP_S))
-        )
-        if state not in ("done", "failed", "cancelled"):
-            self._send_on_cancelled(task_id)
-        return state
-
-    def _send_on_cancelled(self, task_id: str) -> None:
-        """Put the mark into a parked message and send it on; the worker that gets it ends it."""
-        while True:
-            value = self._client.hget(PARKED, task_id)
-            if value is None:
-                return
-            head, message = _bytes(value).rsplit(b"\0", 1)
-            if AMEND.run(self._client, (PARKED, DUE), (task_id, value, head + b"\0" + marked(message))):
-                return
+        states = dict.fromkeys(task_ids, "again")
+        left = list(states)
+        while left:
+            some, left = left[:READ_AT_ONCE], left[READ_AT_ONCE:]
+            values: list[Any] = self._client.hmget(PARKED, some)
+            with self._client.pipeline(transaction=False) as pipe:
+                pipe.execute_command("SCRIPT", "LOAD", CANCEL.lua)
+                for task_id, value in zip(some, values, strict=True):
+                    there = amended = _bytes(value) if value is not None else b""
+                    if there:
+                        head, message = there.rsplit(b"\0", 1)
+                        amended = head + b"\0" + marked(message)
+                    keys = (record_key(task_id), CANCELLED, CANCELS, PARKED)
+                    CANCEL.queue(pipe, keys, (task_id, by, KEEP_S, there, amended))
+                for task_id, state in zip(some, pipe.execute()[1:], strict=True):
+                    states[task_id] = _text(state)
+            left += [one for one in some if states[one] == "again"]  # parked, or sent on, since it was read
+        return [states[one] for one in task_ids]
 
     def parked(self, most: int = 100, after: int = 0) -> Iterator[Waiting]:
         """Yield parked tasks, those that come back first first."""
@@ -495,12 +549,22 @@ class Waits:
 
     def register(self, task_id: str, keys: Sequence[str], keep_s: float) -> None:
         """Have these keys wake the task from now on."""
-        if keys:
-            REGISTER.run(self._client, [wake_key(key) for key in keys], (task_id, int(keep_s) + 60))
+        from .records import record_key
 
-    def observations(self, task_id: str) -> list[Any]:
-        """Return what the task has not read yet, in the order in which it was seen."""
-        return [json.loads(one) for one in self._client.lrange(seen_key(task_id), 0, -1)]
+        if keys:
+            sets = [wake_key(key) for key in keys]
+            REGISTER.run(self._client, [record_key(task_id), *sets], (task_id, int(keep_s) + 60))
+
+    def observations(self, task_id: str, epoch: int = 0) -> list[Any]:
+        """Return what the task has not read yet, in the order in which it was seen.
+
+        `epoch` is the number of its message, `self.request.retries`: from now on no older copy of the message
+        can park the task, and with that take away what this one reads.
+        """
+        from .records import record_key
+
+        found = OBSERVE.run(self._client, (record_key(task_id), seen_key(task_id)), (epoch,))
+        return [json.loads(one) for one in found]
 
     def learn(self, task_id: str, words: str = "", **fields: str) -> bool:
         """Note fields of a request that has not ended ("" deletes, "now" is Redis' time), and words."""
@@ -538,16 +602,6 @@ class Waits:
             (int(answer[i]), float(answer[i + 1]) if answer[i + 1] else None)
             for i in range(0, len(answer), 2)
         ]
-
-
-# Replace a parked message and have it sent on. KEYS: parked, due. ARGV: task id, the value read, the new one.
-AMEND: Final = Script("""
-if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
-redis.call('HDEL', KEYS[1], '')  -- nothing: a deletion first, so that a full Redis lets it pass
-redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
-redis.call('ZADD', KEYS[2], 0, ARGV[1])
-return 1
-""")
 
 
 def marked(message: bytes) -> bytes:

@@ -28,8 +28,9 @@ An *owner* is a worker process. Its lease (sorted set ``<ns>:leases``) is renewe
 visibility timeout while the process lives, however long its tasks take; when it has run out, RESTORE by any
 other worker puts back its hands and all it held. ``<ns>:hands:<owner>`` lists its hands, ``<ns>:gone``
 those whose hands are to be looked at once more, because a blocking move of a machine that was cut off can
-still fetch a message. ``<ns>:returned`` counts by SHA-1 how often a message came back; one that came back
-more than ten times goes to quarantine, as the likely reason.
+still fetch a message. ``<ns>:returned`` counts by SHA-1 how often a message came back from a worker, or from
+a child of a pool, that died; after more than ten times it goes to quarantine, as the likely reason. What was
+begun and came back for another reason is noted there too, with a 0: it may have done its work already.
 
 **What a crash leaves.** After the LPUSH: the message in its queue. After BLMOVE: in the hand, restored with
 the lease. After CLAIM: held, restored with the lease, and redelivered. After the task's own work, before
@@ -44,6 +45,11 @@ it, without its eta: the due time is the score, by Redis' clock, and what comes 
 whatever the clocks of workers say. A later park of the same task replaces an earlier one, unless it has
 fewer retries. Every worker moves what is due back to its queue. A parked task can be listed, sent on early,
 and revoked: it is then sent on at once with a mark, and Celery itself ends it (`lot.Lot`, `worker`).
+
+A published message with the header ``parked_wait`` waits for more than its time: the application parks it, in
+a script of its own (`Channel.park_waiting`). ``<ns>:cancelled`` (sorted set: task id → when somebody
+asked for it) is what no worker is to begin and PARK does not park; ``<ns>:cancels`` counts the wishes, so
+that workers, who ask for it as they move what is due, see within 0.16 s that there is a new one.
 """
 
 from __future__ import annotations
@@ -51,6 +57,7 @@ from __future__ import annotations
 import kombu.transport
 
 from .channel import Channel, Transport, parked, quarantined
+from .hand import Why
 from .keys import Keys
 from .lot import Lot, Parked, Quarantined
 
@@ -61,6 +68,7 @@ __all__ = [
     "Parked",
     "Quarantined",
     "Transport",
+    "Why",
     "parked",
     "quarantined",
     "register",

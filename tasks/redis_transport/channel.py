@@ -42,7 +42,7 @@ from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 from redis.retry import Retry
 
 from . import messages, scripts
-from .hand import RETRY_S, Hand, Line
+from .hand import RETRY_S, Hand, Line, Why
 from .keys import Keys
 from .lot import Lot
 
@@ -69,7 +69,8 @@ BATCH_DELAY_S: Final = 0.002
 MOST_A_CLAIM: Final = 200
 MOST_A_MOVE: Final = 1000
 MAX_RETURNS: Final = 10
-"""How often a message may come back from workers that died with it, before it counts as their reason."""
+"""How often a message may come back from workers, or children of a pool, that died with it, before it counts
+as their reason."""
 
 parked: Final = Signal(name="parked", providing_args=["readable", "due"])
 """Sent with a message that was parked when it was claimed: it has not been seen by Celery."""
@@ -139,13 +140,13 @@ class QoS(virtual.QoS):
         else:
             self.ack(delivery_tag)
 
-    def give_back(self, delivery_tag: Any, counted: bool = False) -> None:
+    def give_back(self, delivery_tag: Any, why: Why = "begun") -> None:
         """Put a message back in a moment, not at once: what made it fail may still be there.
 
         `counted` is for what failed by itself: after `MAX_RETURNS` times it goes to quarantine.
         """
         self._tags.discard(delivery_tag)
-        self.channel.hand.give_back(delivery_tag, after_s=RETRY_S, counted=counted)
+        self.channel.hand.give_back(delivery_tag, after_s=RETRY_S, why=why)
 
     def restore_unacked(self) -> list[Any]:
         return []
@@ -163,7 +164,7 @@ class StockQoS(kombu_redis.QoS):
         else:
             super().reject(delivery_tag, requeue=False)
 
-    def give_back(self, delivery_tag: Any, counted: bool = False) -> None:
+    def give_back(self, delivery_tag: Any, why: Why = "begun") -> None:
         """Leave it to the visibility timeout. Where Redis is full it could not be put back at all."""
         virtual.QoS.ack(self, delivery_tag)
 
@@ -501,8 +502,12 @@ def claim(
     hands: list[int],
     tags: list[int],
     shas: list[str],
-) -> list[tuple[int, int, int, bytes]]:
-    """Run CLAIM; return (tag, number of the list, times returned, message) for each message claimed."""
+) -> list[tuple[int, int, int | None, bytes]]:
+    """Run CLAIM; return (tag, number of the list, times returned, message) for each message claimed.
+
+    The times are None for what has never come back, and 0 for what was begun and came back for no reason of
+    its own.
+    """
     own = hand.keys
     answer = scripts.CLAIM(
         hand.client,
@@ -529,7 +534,7 @@ def claim(
         ),
     )
     return [
-        (int(answer[i]), int(answer[i + 1]), int(answer[i + 2]), answer[i + 3])
+        (int(answer[i]), int(answer[i + 1]), int(answer[i + 2]) if answer[i + 2] else None, answer[i + 3])
         for i in range(0, len(answer), 4)
     ]
 
@@ -556,9 +561,9 @@ class Channel(kombu_redis.Channel):
     namespace = "redis_transport"
     accept: tuple[str, ...] = ("application/json",)
     park_waiting: Callable[..., str] | None = None
-    """Called with (client, task id, retries, queue list, message, header `parked_wait`) for a published message
-    that has this header; it parks the message in one script and returns what that says. Set it as a static
-    method."""
+    """Called with (client, task id, retries, queue list, message, header `parked_wait`) for a published
+    message that has this header; it parks the message in one script and returns what that says. Set it as a
+    static method."""
 
     timezone: str | tzinfo = "UTC"
     """That of an eta without one: as `app.timezone` is for Celery. `worker.install` sets it so."""
@@ -682,13 +687,15 @@ class Channel(kombu_redis.Channel):
             key = self.keys.queue(queue, self.priority(self._get_message_priority(message, reverse=False)))
             found.append((key, kombu_json.dumps(message).encode()))
             return None
-        waits = message.get("headers", {}).pop("parked_wait", None)
+        # A copy: kombu publishes with the same headers again where the connection was lost meanwhile.
+        headers = dict(message.get("headers") or {})
+        message = {**message, "headers": headers}
+        waits = headers.pop("parked_wait", None)
         if waits is not None and self.park_waiting is not None:
             return self._put_waiting(queue, message, waits)
         due = messages.eta_of(message, self.zone)
         if due is None:
             return super()._put(queue, message, **kwargs)
-        headers = message["headers"]
         key = self.keys.queue(queue, self.priority(self._get_message_priority(message, reverse=False)))
         expires = messages.expires_of(message, self.zone)
         readable = messages.Readable(message, None, headers["id"], headers.get("retries") or 0, due, expires)
@@ -699,7 +706,7 @@ class Channel(kombu_redis.Channel):
         if answer == "stale":
             log.warning("an older copy of a parked task was not published task_id=%s", headers["id"])
         elif answer == "cancelled":
-            self.client.lpush(key, messages.revoked(encoded))
+            self.lot.send_on_revoked(key, encoded)
         return None
 
     def _put_waiting(self, queue: str, message: dict[str, Any], waits: Any) -> None:
@@ -713,7 +720,7 @@ class Channel(kombu_redis.Channel):
             redis.Redis(connection_pool=self.pool), headers["id"], readable.retries, key, encoded, waits
         )
         if answer == "cancelled":
-            self.client.lpush(key, messages.revoked(encoded))
+            self.lot.send_on_revoked(key, encoded)
         elif answer in ("stale", "ended"):
             log.info("an older copy of a waiting task was not parked task_id=%s: %s", headers["id"], answer)
 
@@ -721,16 +728,17 @@ class Channel(kombu_redis.Channel):
         """Serve this channel's queues from an event loop."""
         if self.pump is None:
             self.pump = Pump(self, loop)
+            self.pump.pump()  # so that what was cancelled is known before anything is claimed
         if self.feeder is None and not self.stock:
             self.feeder = Feeder(self, loop)
             self.feeder.set_queues(self.fed_queues)
 
-    def deliver(self, tag: int, queue: str, queue_key: str, raw: bytes, times: int) -> None:
+    def deliver(self, tag: int, queue: str, queue_key: str, raw: bytes, times: int | None) -> None:
         """Hand one claimed message to Celery, or put it where it belongs. Raises what redis-py raises."""
         hand = self.hand
         try:
             readable = messages.read(raw, queue, accept=self.accept, timezone=self.zone)
-            if times > MAX_RETURNS:
+            if times is not None and times > MAX_RETURNS:
                 self.put_aside(raw, queue_key, f"{times} workers could not end it", tag)
             else:
                 self._deliver(readable, tag, queue, queue_key, times)
@@ -747,10 +755,12 @@ class Channel(kombu_redis.Channel):
                 return
             self.put_aside(raw, queue_key, f"Celery cannot take it: {type(exc).__name__}: {exc}", tag)
 
-    def _deliver(self, readable: messages.Readable, tag: int, queue: str, queue_key: str, times: int) -> None:
+    def _deliver(
+        self, readable: messages.Readable, tag: int, queue: str, queue_key: str, times: int | None
+    ) -> None:
         hand = self.hand
         if (
-            times
+            times is not None
             and readable.task_id
             and self.lot.is_stale(readable.task_id, readable.retries, hand.held_key, tag)
         ):
@@ -786,9 +796,9 @@ class Channel(kombu_redis.Channel):
             parked.send(sender=self, readable=readable, due=due)
         return False
 
-    def ready(self, readable: messages.Readable, times: int) -> None:
+    def ready(self, readable: messages.Readable, times: int | None) -> None:
         """Mark what Celery is to know of a message."""
-        if times:
+        if times is not None:
             readable.headers["redelivered"] = True
             readable.envelope["properties"]["delivery_info"]["redelivered"] = True
         if readable.headers.pop("parked_revoked", None) and readable.task_id:

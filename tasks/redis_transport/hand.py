@@ -17,9 +17,10 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from celery.utils.log import get_logger
+from celery.worker import state as worker_state
 from redis import ConnectionPool
 from redis.exceptions import RedisError, ResponseError
 
@@ -36,6 +37,9 @@ RETRY_S: Final = 2.0
 """How soon a message that this process gives back is offered again, and a refused write repeated."""
 
 RESTORE_BATCH: Final = 500
+
+Why = Literal["counted", "begun", "unseen"]
+"""Of a message that is given back: it may be the reason itself; it was begun; nobody has begun it."""
 
 LEAVE_S: Final = 0.1
 """How often a process that ends writes what its last tasks leave to be written."""
@@ -109,7 +113,7 @@ class Hand:
         self.pid = os.getpid()
         self.held: dict[int, Held] = {}
         self._acks: deque[int] = deque()
-        self._returns: deque[tuple[float, int, bool]] = deque()
+        self._returns: deque[tuple[float, int, Why]] = deque()
         self._queues: set[str] = set()
         self.uncertain = False
         """Whether a claim's answer was lost: messages may be ours that we do not know of."""
@@ -125,9 +129,9 @@ class Hand:
     def held_key(self) -> str:
         return self.keys.held(self.owner)
 
-    def hold(self, tag: int, raw: bytes, returned: int) -> None:
-        """Note a message that was claimed."""
-        sha = hashlib.sha1(raw, usedforsecurity=False).hexdigest() if returned else None
+    def hold(self, tag: int, raw: bytes, returned: int | None) -> None:
+        """Note a message that was claimed; `returned` is None for one that has never come back."""
+        sha = hashlib.sha1(raw, usedforsecurity=False).hexdigest() if returned is not None else None
         self.held[tag] = Held(None, sha)
 
     def attach(self, tag: int, message: Any, on_gone: Callable[[int], None]) -> bool:
@@ -149,12 +153,12 @@ class Hand:
         self._acks.append(tag)
         return True
 
-    def give_back(self, tag: int, *, after_s: float = 0.0, counted: bool = False) -> None:
-        """Put a message back to the front of its queue, now or in a while; count it as a failure or not."""
+    def give_back(self, tag: int, *, after_s: float = 0.0, why: Why = "unseen") -> None:
+        """Put a message back to the front of its queue, now or in a while."""
         held = self.held.get(tag)
         if held is not None and not held.returning:
             held.returning = True
-            self._returns.append((time.monotonic() + after_s, tag, counted))
+            self._returns.append((time.monotonic() + after_s, tag, why))
 
     def _forgotten(self, tag: int, on_gone: Callable[[int], None]) -> None:
         on_gone(tag)
@@ -206,25 +210,22 @@ class Hand:
         """Put back what is to be put back by now. What Redis refuses is tried again in a while."""
         client = line or self.client
         now = time.monotonic()
-        plain: list[int] = []
-        counted: list[int] = []
+        due: dict[Why, list[int]] = {}
         for _ in range(len(self._returns)):
             entry = _pop(self._returns)
             if entry is None:
                 break
-            at, tag, count = entry
+            at, tag, why = entry
             if at > now:
-                self._returns.append((at, tag, count))
+                self._returns.append((at, tag, why))
             elif tag in self.held:
-                (counted if count else plain).append(tag)
-        for tags, count in ((plain, False), (counted, True)):
-            if not tags:
-                continue
+                due.setdefault(why, []).append(tag)
+        for why, tags in due.items():
             try:
-                scripts.GIVE_BACK(client, (self.held_key, self.keys.returned), (int(count), *tags))
+                scripts.GIVE_BACK(client, (self.held_key, self.keys.returned), (why, *tags))
             except RedisError as exc:
                 log.warning("messages cannot be given back yet, trying again: %s", exc)
-                self._returns.extend((now + RETRY_S, tag, count) for tag in tags)
+                self._returns.extend((now + RETRY_S, tag, why) for tag in tags)
             else:
                 for tag in tags:
                     self.held.pop(tag, None)
@@ -343,6 +344,8 @@ class Hand:
             return
         try:
             self.flush()
+            if begun := self._begun():
+                scripts.GIVE_BACK(self.client, (self.held_key, self.keys.returned), ("begun", *begun))
             more = 1
             total = 0
             while more:
@@ -357,6 +360,12 @@ class Hand:
             if total:
                 log.info("put back %d messages that were not begun", total)
         self.held.clear()
+
+    def _begun(self) -> list[int]:
+        """Return the tags of what Celery runs: a pool whose end is forced leaves such."""
+        messages = {id(request.message) for request in tuple(worker_state.active_requests)}
+        held = tuple(self.held.items())
+        return [tag for tag, one in held if one.message is not None and id(one.message()) in messages]
 
 
 def _pop(entries: deque[Any]) -> Any:

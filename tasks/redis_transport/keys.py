@@ -64,7 +64,10 @@ class Keys:
 
     @property
     def returned(self) -> str:
-        """Hash: SHA-1 of a message → how often it came back unacknowledged."""
+        """Hash: SHA-1 of a message that came back unacknowledged → how often that counts against it.
+
+        0 for one that had been begun, and could not end for a reason that was not its own.
+        """
         return self._own("returned")
 
     @property

@@ -62,8 +62,8 @@ class Lot:
         return _text(answer)
 
     def move_due(self, most: int = 1000) -> tuple[int, float | None, int, int]:
-        """Bring back what is due; return how many, in how many seconds the next is, how many workers there are,
-        and how often a cancel was asked for so far."""
+        """Bring back what is due; return how many, in how many seconds the next is due, how many workers
+        there are, and how often a cancel was asked for so far."""
         keys = self._keys
         count, next_in, workers, cancels = scripts.MOVE(
             self._client, (keys.parked, keys.due, keys.leases, keys.cancels), (most,)
@@ -71,9 +71,12 @@ class Lot:
         return int(count), float(next_in) if next_in else None, int(workers), int(cancels)
 
     def cancelled(self, since: float = 0.0) -> tuple[list[str], float]:
-        """Return the tasks that somebody asked to cancel since then, and until when this tells."""
+        """Return the tasks that somebody asked to cancel since then, and until when this tells.
+
+        And those of the minute before: Redis' clock may have been set back.
+        """
         found = self._client.execute_command(
-            "ZRANGE", self._keys.cancelled, f"({since:.6f}", "+inf", "BYSCORE", "WITHSCORES"
+            "ZRANGE", self._keys.cancelled, f"{since - 60:.6f}", "+inf", "BYSCORE", "WITHSCORES"
         )
         flat = [item for entry in found for item in entry] if found and isinstance(found[0], list) else found
         return [_text(one) for one in flat[::2]], float(flat[-1]) if flat else since
@@ -123,6 +126,10 @@ class Lot:
             amended = head + b"\0" + messages.revoked(message)
             if scripts.AMEND(self._client, (self._keys.parked, self._keys.due), (task_id, value, amended)):
                 return True
+
+    def send_on_revoked(self, queue_key: str, message: bytes) -> None:
+        """Put a message that was not parked, because it is cancelled, to its queue with its mark."""
+        self._client.lpush(queue_key, messages.revoked(message))
 
     def quarantine(
         self, raw: bytes, *, queue_key: str, reason: str, held: str = "", tag: int | str = "", sha: str = ""

@@ -267,6 +267,8 @@ def _check_protocol_2(headers: dict[str, Any], body: Any) -> None:
 
 
 def _check_length(task_id: str, name: str) -> None:
+    if "\0" in task_id:  # what stands between the parts of a parked message
+        raise Unreadable(f"{name} holds a NUL")
     if len(task_id) > MAX_ID_LENGTH:
         raise Unreadable(f"{name} is longer than {MAX_ID_LENGTH} characters")
 

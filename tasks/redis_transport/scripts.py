@@ -46,7 +46,7 @@ local now = time[1] + time[2] / 1e6
 # then the hand of each. ARGV: owner, seconds of the lease, n, lists in a group of equal priority, whether the
 # lists of a group share n (0/1), number of hands to empty, the acknowledgements (number of tags, tags, number
 # of SHA-1s, SHA-1s), the numbers of those hands.
-# Returns a flat list: tag, number of the list, times returned, message, and so on.
+# Returns a flat list: tag, number of the list, times returned ('' for never), message, and so on.
 CLAIM: Final = Script(
     _NOW
     + """
@@ -109,10 +109,9 @@ local seen = redis.call('HLEN', returned) > 0
 local pairs_ = {}
 for i, item in ipairs(found) do
   local list, message = item[1], item[2]
-  local times = seen and redis.call('HGET', returned, redis.sha1hex(message)) or '0'
   answer[#answer + 1] = tag + i
   answer[#answer + 1] = list
-  answer[#answer + 1] = times or '0'
+  answer[#answer + 1] = seen and redis.call('HGET', returned, redis.sha1hex(message)) or ''
   answer[#answer + 1] = message
   pairs_[#pairs_ + 1] = tag + i
   pairs_[#pairs_ + 1] = KEYS[base + list] .. '\\0' .. message
@@ -152,8 +151,8 @@ return {had and 1 or 0, redis.call('HLEN', KEYS[2])}
 """
 )
 
-# Put messages back to the front of their queues. KEYS: held, returned. ARGV: count them (0/1), tags.
-# Returns how many there were.
+# Put messages back to the front of their queues. KEYS: held, returned. ARGV: `counted`, `begun` (it is noted
+# that they came back, and not counted) or `unseen`, then tags. Returns how many there were.
 GIVE_BACK: Final = Script("""
 local back = 0
 redis.call('HDEL', KEYS[1], '')  -- nothing: see RENEW
@@ -164,8 +163,8 @@ for i = 2, #ARGV do
     local message = string.sub(value, cut + 1)
     redis.call('RPUSH', string.sub(value, 1, cut - 1), message)
     redis.call('HDEL', KEYS[1], ARGV[i])
-    if ARGV[1] == '1' then
-      redis.call('HINCRBY', KEYS[2], redis.sha1hex(message), 1)
+    if ARGV[1] ~= 'unseen' then
+      redis.call('HINCRBY', KEYS[2], redis.sha1hex(message), ARGV[1] == 'counted' and 1 or 0)
       redis.call('EXPIRE', KEYS[2], 86400)  -- of those which somebody else has acknowledged
     end
     back = back + 1
@@ -223,11 +222,11 @@ return {owner, back, more}
 """
 )
 
-# KEYS: parked, due, held, cancelled. ARGV: task id, due (seconds since 1970), retries, queue list, message without its
-# eta, tag ('' when it is published, and not claimed). Returns parked, due (claimed, and runnable now), queued
-# (published, and runnable now), stale (a newer copy of the task waits already; this one is dropped), gone
-# (claimed, but not held any more: the lease had run out, and the message is somebody else's), or cancelled
-# (somebody asked to cancel the task; nothing was done).
+# KEYS: parked, due, held, cancelled. ARGV: task id, due (seconds since 1970), retries, queue list, message
+# without its eta, tag ('' when it is published, and not claimed). Returns parked, due (claimed, and runnable
+# now), queued (published, and runnable now), stale (a newer copy of the task waits already; this one is
+# dropped), gone (claimed, but not held any more: the lease had run out, and the message is somebody else's),
+# or cancelled (somebody asked to cancel the task; nothing was done).
 PARK: Final = Script(
     _NOW
     + """
@@ -255,8 +254,9 @@ return 'parked'
 """
 )
 
-# KEYS: parked, due, leases, cancels. ARGV: how many at the most. Returns how many came back to their queues, in
-# how many seconds the next is due ('' for none), how many workers there are, and how often a cancel was asked.
+# KEYS: parked, due, leases, cancels. ARGV: how many at the most. Returns how many came back to their queues,
+# in how many seconds the next is due ('' for none), how many workers there are, and how often a cancel was
+# asked for.
 MOVE: Final = Script(
     _NOW
     + """

@@ -153,7 +153,11 @@ def _on_done(callback: Any, future: Future[Any]) -> None:
     worker_state.task_ready(request)
     if not request.acknowledged:
         request.acknowledged = True
-        request.message.channel.qos.give_back(request.message.delivery_tag)
+        # A task that ends its thread (SystemExit), or asks for more memory than there is, does so again.
+        by_itself = isinstance(exc, MemoryError) or not isinstance(exc, Exception)
+        request.message.channel.qos.give_back(
+            request.message.delivery_tag, "counted" if by_itself else "begun"
+        )
 
 
 class Announce(bootsteps.StartStopStep):

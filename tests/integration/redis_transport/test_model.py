@@ -14,7 +14,7 @@ import random
 import time
 from collections import Counter, defaultdict
 from datetime import UTC, datetime, timedelta
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import pytest
 import redis
@@ -24,7 +24,7 @@ from local.valkey import Valkey
 from tasks.redis_transport import Keys, Lot, messages, scripts
 from tasks.redis_transport import hand as hand_module
 from tasks.redis_transport.channel import claim
-from tasks.redis_transport.hand import Hand, Line, restore
+from tasks.redis_transport.hand import Hand, Line, Why, restore
 
 SEEDS = int(os.environ.get("MODEL_SEEDS", "8"))
 STEPS = int(os.environ.get("MODEL_STEPS", "250"))
@@ -42,7 +42,9 @@ class Owner:
         self.hand = Hand(Line(redis.ConnectionPool.from_url(url)), KEYS, FAR_S)
         atexit.unregister(self.hand.release)
         self.name = self.hand.owner
-        self.has: dict[int, tuple[int, str, int]] = {}  # tag → number, list, times: what it thinks it holds
+        self.has: dict[
+            int, tuple[int, str, int | None]
+        ] = {}  # tag → number, list, times: what it thinks it holds
         self.acked: set[int] = set()  # not written yet
         self.full: set[str] = set()
 
@@ -72,7 +74,10 @@ class Model:
         self.facts: dict[int, tuple[str, int]] = {}  # task id, retries
         self.due: set[int] = set()  # parked ones whose time has come
         self.parked: dict[str, int] = {}  # task id → message
-        self.returned: Counter[int] = Counter()
+        self.returned: Counter[int] = (
+            Counter()
+        )  # of those which came back; 0 where nothing counts against them
+        self.cancelled: set[str] = set()
         self.home: dict[int, str] = {}  # list to which it goes back
         self.revoked: set[int] = set()
         self.owners: list[Owner] = []
@@ -108,7 +113,7 @@ class Model:
             elif key == KEYS.quarantine:
                 place, raws = "quarantine", [entry.message for entry in self.lot.quarantined()]
             else:
-                known = ("leases", "gone", "due", "tags", "returned", "hands:")
+                known = ("leases", "gone", "due", "tags", "returned", "hands:", "cancelled")
                 assert key.startswith(tuple(own + name for name in known)) or "_kombu" in key, key
                 continue
             for raw in raws:
@@ -143,6 +148,11 @@ class Model:
         self.facts[self.number] = (task_id, retries)
         headers = {"task": "t", "id": task_id, "retries": retries, "eta": eta, "number": self.number}
         return [[], {}, {}], headers
+
+    def is_older(self, task_id: str, retries: int) -> bool:
+        """Tell whether a copy with more retries is parked."""
+        there = self.parked.get(task_id)
+        return there is not None and self.facts[there][1] > retries
 
     def park(self, number: int) -> None:
         """What the model makes of a message that is parked."""
@@ -193,7 +203,10 @@ class Model:
         key = KEYS.queue(queue, priority)
         self.home[self.number] = key
         there = self.parked.get(task_id)
-        if ours and ahead == FAR_S:
+        if ours and ahead is not None and task_id in self.cancelled and not self.is_older(task_id, retries):
+            self.place[self.number] = key
+            self.revoked.add(self.number)
+        elif ours and ahead == FAR_S:
             self.park(self.number)
         elif ours and ahead is not None and there is not None and self.facts[there][1] > retries:
             self.place[self.number] = "ended"
@@ -252,7 +265,7 @@ class Model:
             assert self.place[number] in (key, KEYS.hand(owner.name, key))
             if self.place[number] == key:
                 assert raw == before[key].pop()  # the oldest first
-            assert times == self.returned[number]
+            assert times == self.returned.get(number)
             self.place[number] = KEYS.held(owner.name)
             if not lost:
                 owner.hand.hold(tag, raw, times)
@@ -283,7 +296,7 @@ class Model:
                 still = self.tags_of(owner, number)
                 if not still:
                     self.place[number] = "ended"
-            if times:
+            if times is not None:
                 self.returned.pop(number, None)
         owner.acked.clear()
 
@@ -307,18 +320,19 @@ class Model:
         self.written(owner)
 
     def give_back(self) -> None:
-        owner, counted = self.owner(), self.rng.random() < 0.5
+        owner, why = self.owner(), self.rng.choice(get_args(Why))
         tag = self.some(owner)
         if tag is None:
             return
         held = self.is_held(owner, tag)
-        owner.hand.give_back(tag, counted=counted)
+        owner.hand.give_back(tag, why=why)
         owner.hand.return_due()
         number, key, _ = owner.has.pop(tag)
         if held:
             assert self.at_the_front(key) == {number}
             self.place[number] = key
-            self.returned[number] += counted
+            if why != "unseen":
+                self.returned[number] += why == "counted"
 
     def park_claimed(self) -> None:
         owner = self.owner()
@@ -347,13 +361,16 @@ class Model:
             assert answer == "gone"
             owner.hand.drop(tag)
             del owner.has[tag]
-            if times:
+            if times is not None:
                 self.returned.pop(number, None)
             return
         there = self.parked.get(task_id)
         if there is not None and self.facts[there][1] > retries:
             assert answer == "stale"
             self.place[number] = "ended"
+        elif task_id in self.cancelled:
+            assert answer == "cancelled"
+            return  # it is Celery's now, which ends it
         elif soon:
             assert answer == "due"
             if there is not None:
@@ -381,7 +398,11 @@ class Model:
         with self.ours.Producer() as producer:
             producer.publish(body, routing_key=queue, headers=headers, serializer="json")
         self.home[self.number] = KEYS.queue(queue)
-        self.park(self.number)
+        if task_id in self.cancelled and not self.is_older(task_id, retries + 1):
+            self.place[self.number] = KEYS.queue(queue)
+            self.revoked.add(self.number)
+        else:
+            self.park(self.number)
 
     def drop_stale(self) -> None:
         owner = self.owner()
@@ -399,7 +420,7 @@ class Model:
             del owner.has[tag]
             if held:
                 self.place[number] = "ended"
-            if times:
+            if times is not None:
                 self.returned.pop(number, None)
 
     def time_comes(self) -> None:
@@ -437,6 +458,17 @@ class Model:
             self.due.add(number)
             self.revoked.add(number)
             self.redis.zadd(KEYS.due, {task_id: 1})
+
+    def cancel(self) -> None:
+        """Somebody asks for it; the parked message itself is another's affair."""
+        task_id = self.rng.choice(TASKS)
+        if task_id in self.cancelled:
+            self.redis.zrem(KEYS.cancelled, task_id)
+            self.cancelled.discard(task_id)
+        else:
+            self.redis.zadd(KEYS.cancelled, {task_id: time.time()})
+            self.cancelled.add(task_id)
+        assert set(self.lot.cancelled()[0]) == self.cancelled
 
     def amend_what_has_changed(self) -> None:
         """One that reads, and is overtaken by a park, changes nothing."""
@@ -500,7 +532,8 @@ class Model:
                 self.place[number] = self.home_of(number)
                 count += 1
                 back[self.place[number]].append(number)
-                self.returned[number] += held and counted
+                if held and counted:
+                    self.returned[number] += 1
         for key, numbers in back.items():
             assert self.at_the_front(key, len(numbers)) == {*numbers}
         return count
@@ -544,7 +577,7 @@ class Model:
         if raw is not None:
             self.place[number] = "quarantine"
             self.home[number] = key
-            if times:
+            if times is not None:
                 self.returned.pop(number, None)
 
     def replay(self) -> None:
@@ -572,6 +605,7 @@ class Model:
         "move_due": 2,
         "wake": 1,
         "revoke": 1,
+        "cancel": 1,
         "amend_what_has_changed": 1,
         "renew": 2,
         "crash": 1,
@@ -624,6 +658,7 @@ class Model:
         left = {key.decode() for key in self.redis.scan_iter()} - {
             KEYS.tags,
             KEYS.leases,
+            KEYS.cancelled,
             KEYS.hands(last.name),
         }
         assert {key for key in left if "_kombu" not in key and key != KEYS.returned} == set()

@@ -137,14 +137,21 @@ STEPS: dict[str, tuple[Callable[[Scene], Any], bool, int]] = {
     "renew what had run out": (lambda s: s.b.renew(), True, 0),
     "give back": (
         lambda s: scripts.GIVE_BACK(
-            s.redis, (KEYS.held(s.a.owner), KEYS.returned), (0, s.tag("a1"), s.tag("a2"))
+            s.redis, (KEYS.held(s.a.owner), KEYS.returned), ("unseen", s.tag("a1"), s.tag("a2"))
         ),
         True,
         0,
     ),
     "give back, counted": (
         lambda s: scripts.GIVE_BACK(
-            s.redis, (KEYS.held(s.a.owner), KEYS.returned), (1, s.tag("a1"), s.tag("a2"))
+            s.redis, (KEYS.held(s.a.owner), KEYS.returned), ("counted", s.tag("a1"), s.tag("a2"))
+        ),
+        True,
+        0,
+    ),
+    "give back, begun": (
+        lambda s: scripts.GIVE_BACK(
+            s.redis, (KEYS.held(s.a.owner), KEYS.returned), ("begun", s.tag("a1"), s.tag("a2"))
         ),
         True,
         0,
