@@ -1,22 +1,26 @@
 """The task trigger_dag: one request becomes one DAG run, delivered once or ten times.
 
-Policy is on top, in `trigger_dag`; the steps are below and know neither Celery nor settings:
-`start_run` asks Airflow, `settle_existing` decides about a run that is there already.
+Policy is on top, in `trigger_dag` and, where the end of the run is waited for, in `_come_back`; the steps are
+below and know neither Celery nor settings: `start_run` asks Airflow, `settle_existing` decides about a run
+that is there already, `end_of` reads what became of it.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from celery.exceptions import Ignore, Retry
 from celery.utils.log import get_logger
 
 from producers.contract import (
+    MAX_RESULT_BYTES,
     QUEUE_LOOKS,
     TRIGGER_DAG,
     VERSION,
@@ -31,6 +35,9 @@ from producers.errors import (
     CredentialsRefused,
     DagBroken,
     DagNotFound,
+    DagRunFailed,
+    DagRunGone,
+    DagRunOverdue,
     GaveUp,
     InvalidRequest,
     LogicalDateTaken,
@@ -41,13 +48,16 @@ from producers.errors import (
     error_from,
 )
 from producers.stores.holds import Holds
+from producers.stores.records import Record
 
 from .airflow.client import DagRunExists, RunView, as_dag_run
 from .airflow.clients import airflow_client
 from .airflow.connections import AirflowConnection
-from .app import RelayRequest, RelayTask, app, backend, records, store_client
+from .airflow.run_looks import ENDED, next_look_in_s
+from .app import RelayRequest, RelayTask, app, backend, records, store_client, waits
 from .results import NotHandedOver
 from .settings import settings
+from .waiting import show, wait
 
 log = get_logger("dagrelay.trigger")
 
@@ -66,6 +76,10 @@ a trigger asks of Redis. A hold that another process begins is met so much later
 _free_until: dict[tuple[str, str], float] = {}
 
 SETTLE_OUTCOME = "tasks.settle_outcome"
+STOP_RUN = "tasks.stop_run"
+
+STOPPING = "stopping"
+"""In the record's `progress` while a run that is overdue is set to failed: that failure is then ours."""
 
 _OURS = re.compile(r"^dagrelay task=(\S+)", re.MULTILINE)  # a clear puts its own line before it
 _CLEARED = re.compile(r"^dagrelay clear=(\S+) was=(\S*)", re.MULTILINE)
@@ -81,6 +95,7 @@ class Airflow(Protocol):
     def find_run_by_logical_date(self, dag_id: str, logical_date: datetime) -> str | None: ...
     def clear_dag_run(self, dag_id: str, run_id: str) -> object: ...
     def set_note(self, dag_id: str, run_id: str, note: str) -> object: ...
+    def get_xcom(self, dag_id: str, run_id: str, task_id: str) -> Any: ...
 
 
 class TriggerTask(RelayTask):
@@ -99,11 +114,21 @@ class TriggerTask(RelayTask):
             return shown_message(kwargs)
 
     def on_revoked(self, request: RelayRequest) -> None:
-        """A request cancelled after an answer was lost may have its run: it is looked for."""
+        """A request cancelled after an answer was lost may have its run: it is looked for.
+
+        A run whose end was waited for goes on, unless the request says otherwise.
+        """
         found = records().get(request.id)
-        if found is not None and found.unsure and not found.ended and found.dag_id and found.dag_run_id:
-            look_up_later(request.id, found.dag_id, found.dag_run_id, found.connection or "default")
+        if found is None or found.ended or not found.dag_id or not found.dag_run_id:
+            return
+        connection = found.connection or "default"
+        if found.unsure and found.run is None:
+            look_up_later(request.id, found.dag_id, found.dag_run_id, connection)
             request.request_dict["unsure"] = True
+        if request.kwargs.get("stop_run") is True:
+            stop_later(
+                request.id, found.dag_id, found.dag_run_id, connection, known_ours=found.run is not None
+            )
 
 
 @app.task(name=TRIGGER_DAG, bind=True, base=TriggerTask)
@@ -118,18 +143,23 @@ def trigger_dag(self: Any, *before: Any, **message: Any) -> dict[str, Any]:
     if _newer(message):
         newer = InvalidRequest(f"needs a worker that knows more than v{VERSION} of the messages")
         raise _retry(self, newer, NEWER_RETRY_S)
-    again = _again(self)
-    if again is not None:
-        return again
+    found = _on_record(self)
+    if found is not None and found.state == "done" and found.run is not None:
+        return found.run
     request = TriggerRequest.from_message(_with_positional(before, message))
     asked = Asked.from_message(message.get("asked"), otherwise_at=datetime.now(UTC).timestamp())
     run_id = request.run_id_for(task_id)
     connection = settings().connections.get(request.connection)
     if connection is None:
         raise ConnectionNotConfigured(request.connection)
+    airflow = airflow_client(connection)
+    if request.wait and found is not None and found.run is not None:
+        return _come_back(self, request, found, airflow)
+    made = _made_so_far(message)
+    if made is not None:
+        return _when_ended(self, request, made, airflow)
     probing = _wait_if_held(self, connection)
 
-    airflow = airflow_client(connection)
     try:
         run = start_run(request, task_id=task_id, asked=asked, airflow=airflow)
     except CredentialsRefused as exc:
@@ -161,7 +191,143 @@ def trigger_dag(self: Any, *before: Any, **message: Any) -> dict[str, Any]:
         request.key,
         self.request.retries + 1,
     )
-    return run.to_message()
+    return _when_ended(self, request, run, airflow)
+
+
+def _when_ended(
+    task: Any,
+    request: TriggerRequest,
+    run: DagRun,
+    airflow: Airflow,
+    *,
+    read: int = 0,
+    since: float | None = None,
+) -> dict[str, Any]:
+    """Return the run as the task's outcome, or raise how it ended; while it has not, park the task.
+
+    `read`: how many observations the task has read. `since`: when it began to wait, if it did.
+    """
+    if not request.wait:
+        return run.to_message()
+    if run.state in ENDED:
+        try:
+            return end_of(request, run, airflow).to_message()
+        except (AirflowUnavailable, CredentialsRefused) as exc:
+            # The run has ended well, and its result is there: that Airflow is away is no failure.
+            waited = records().attempt_failed(task.request.id, str(exc))
+            if waited.age_s > request.give_up_after_s + request.wait_timeout_s:
+                words = f"result_from: the run succeeded, and what its task returned cannot be read: {exc}"
+                raise RequestRejected(503, words) from exc
+            raise _retry(task, exc, _backoff_of(task, exc)) from exc
+    now = _redis_now()
+    known = {name: value for name, value in run.to_message().items() if value is not None}
+    parked = wait(
+        task,
+        until=(since or now) + request.wait_timeout_s,
+        what=f"run {run.dag_run_id} of DAG {run.dag_id}",
+        read=read,
+        look=f"airflow:{request.connection}",
+        look_in_s=next_look_in_s(now),
+        found={"run": json.dumps(known), "seen": run.state},
+    )
+    show(task, run.state)
+    raise parked
+
+
+def _come_back(task: Any, request: TriggerRequest, found: Record, airflow: Airflow) -> dict[str, Any]:
+    """Decide about a task that has waited for the end of its run: woken, at its deadline, or delivered again.
+
+    Whatever it was told, it asks Airflow itself: a run that had ended may have been cleared, and run again.
+    """
+    run = DagRun.from_message(found.run or {})
+    seen = waits().observations(task.request.id)
+    since = found.waiting_since or _redis_now()
+    left_s = since + request.wait_timeout_s - _redis_now()
+    try:
+        view = _get_unless_held(run, airflow)
+    except (AirflowUnavailable, CredentialsRefused, RequestRejected) as exc:
+        if left_s > 0:
+            records().attempt_failed(task.request.id, str(exc))
+            raise _retry(task, exc, min(left_s, _backoff_of(task, exc))) from exc
+        _end_overdue(task, request, run, airflow)
+    if view is None:
+        raise DagRunGone(run.dag_id, run.dag_run_id)
+    if view.state == "failed" and found.progress == STOPPING:
+        raise DagRunOverdue(run.dag_id, run.dag_run_id, request.wait_timeout_s, run.url, True)
+    run = replace(run, state=view.state)
+    if left_s <= 0 and run.state not in ENDED:
+        _end_overdue(task, request, run, airflow)
+    if run.state not in ENDED and any(one and one.get("state") in ENDED for one in seen):
+        waits().learn(task.request.id, f"had ended, and is {run.state} again")
+    return _when_ended(task, request, run, airflow, read=len(seen), since=since)
+
+
+def _end_overdue(task: Any, request: TriggerRequest, run: DagRun, airflow: Any) -> NoReturn:
+    """Raise DagRunOverdue, after the run was stopped if the request says so."""
+    stopped = False
+    if request.stop_run:
+        waits().learn(task.request.id, "overdue: the run is set to failed", progress=STOPPING)
+        try:
+            airflow.fail_dag_run(run.dag_id, run.dag_run_id)
+            stopped = True
+        except (AirflowUnavailable, CredentialsRefused, RequestRejected) as exc:
+            log.warning("run not stopped yet dag_id=%s run_id=%s: %s", run.dag_id, run.dag_run_id, exc)
+            stop_later(task.request.id, run.dag_id, run.dag_run_id, request.connection, known_ours=True)
+    raise DagRunOverdue(run.dag_id, run.dag_run_id, request.wait_timeout_s, run.url, stopped)
+
+
+def _get_unless_held(run: DagRun, airflow: Airflow) -> RunView | None:
+    """Ask for a run; a connection that is held is asked by one request at a time, as for a trigger.
+
+    Raises as `AirflowClient.get_dag_run` does, and CredentialsRefused without asking.
+    """
+    name = airflow.connection.id, airflow.connection.fingerprint()
+    held_s = 0.0 if time.monotonic() < _free_until.get(name, 0.0) else _holds().ask(*name)
+    if held_s > 0:
+        raise CredentialsRefused(airflow.connection.id, "the connection is held")
+    try:
+        view = airflow.get_dag_run(run.dag_id, run.dag_run_id)
+    except CredentialsRefused as exc:
+        _holds().hold(*name, exc.words)
+        raise
+    if held_s < 0:
+        _holds().release(*name)
+    _free_until[name] = time.monotonic() + FREE_FOR_S
+    return view
+
+
+@app.task(name=STOP_RUN, bind=True, ignore_result=True, recorded=False)
+def stop_run(
+    self: Any,
+    *,
+    task_id: str,
+    dag_id: str,
+    dag_run_id: str,
+    connection: str,
+    known_ours: bool,
+    until: float,
+) -> None:
+    """Set the run of a request that has ended to failed, unless it has ended itself.
+
+    Without `known_ours` only where its note names the request: it may be somebody else's. `until` is in
+    seconds since 1970.
+    """
+    known = settings().connections.get(connection)
+    if known is None:
+        return
+    airflow = airflow_client(known)
+    try:
+        view = airflow.get_dag_run(dag_id, dag_run_id)
+        if view is None or view.state in ENDED or not (known_ours or names(view.note, task_id)):
+            return
+        airflow.fail_dag_run(dag_id, dag_run_id)
+        log.info("run stopped task_id=%s dag_id=%s run_id=%s", task_id, dag_id, dag_run_id)
+    except RequestRejected as exc:
+        log.warning("run not stopped task_id=%s dag_id=%s run_id=%s: %s", task_id, dag_id, dag_run_id, exc)
+    except (AirflowUnavailable, CredentialsRefused) as exc:
+        if datetime.now(UTC).timestamp() < until:
+            raise self.retry(countdown=_backoff_of(self, exc), exc=exc) from exc
+        log.warning("run not stopped task_id=%s dag_id=%s run_id=%s: %s", task_id, dag_id, dag_run_id, exc)
 
 
 @app.task(name=SETTLE_OUTCOME, bind=True, ignore_result=True)
@@ -234,6 +400,29 @@ def settle_existing(request: TriggerRequest, existing: RunView, *, task_id: str,
     if request.if_exists == "clear":
         return clear_once(existing, task_id=task_id, airflow=airflow)
     return as_dag_run(existing, airflow.connection, created=False)
+
+
+def end_of(request: TriggerRequest, run: DagRun, airflow: Airflow) -> DagRun:
+    """Return a run that has ended as the outcome of a request that waited for it, with its result.
+
+    Raises DagRunFailed, and RequestRejected naming `result_from` where that task has no such result.
+    """
+    if run.state == "failed":
+        raise DagRunFailed(run.dag_id, run.dag_run_id, run.url)
+    if request.result_from is None:
+        return run
+    try:
+        value = airflow.get_xcom(run.dag_id, run.dag_run_id, request.result_from)
+    except RequestRejected as exc:
+        raise RequestRejected(exc.status, f"result_from: {exc.words}") from exc
+    size = len(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    if size > MAX_RESULT_BYTES:
+        raise RequestRejected(
+            413,
+            f"result_from: task {request.result_from!r} returned {size} bytes, over the limit of "
+            f"{MAX_RESULT_BYTES}: have it store the data elsewhere and return a reference",
+        )
+    return replace(run, result=value)
 
 
 def clear_once(existing: RunView, *, task_id: str, airflow: Airflow) -> DagRun:
@@ -345,24 +534,42 @@ def _redelivered(task: Any) -> bool:
     return bool((task.request.delivery_info or {}).get("redelivered"))
 
 
-def _again(task: Any) -> dict[str, Any] | None:
-    """Decide about a message that may be a copy: say an end once more, drop what a retry has replaced.
+def _on_record(task: Any) -> Record | None:
+    """Return what is on record of a message that may be a copy, or has been worked on before.
 
-    Returns None for a message that is to be worked on.
+    Drops what a retry has replaced, and raises again what an end was; the end with a run is the caller's.
     """
     if not task.request.retries and not _redelivered(task):
         return None
     found = records().get(task.request.id)
-    if found is None:
-        return None
-    if found.state == "done" and found.run is not None:
-        return found.run
+    if found is None or (found.state == "done" and found.run is not None):
+        return found
     if found.ended:
         raise error_from(found.error or "TaskFailed", found.error_args or [found.reason or found.state])
     if found.retried > task.request.retries:
         log.info("stale copy dropped task_id=%s attempt=%d", task.request.id, task.request.retries + 1)
         raise Ignore
-    return None
+    return found
+
+
+def _made_so_far(message: Mapping[str, Any]) -> DagRun | None:
+    """Return the run that a batch of a fan-out has made for this request already, if so."""
+    so_far = message.get("so_far")
+    run = so_far.get("run") if isinstance(so_far, Mapping) else None
+    if not isinstance(run, Mapping) or not {"dag_id", "dag_run_id", "state"} <= run.keys():
+        return None
+    return DagRun.from_message(run)
+
+
+def _redis_now() -> float:
+    seconds, microseconds = store_client().time()
+    return float(seconds) + float(microseconds) / 1e6
+
+
+def _backoff_of(task: Any, exc: Exception) -> float:
+    """Return how long to wait before Airflow is asked again."""
+    asked_s = exc.retry_after_s if isinstance(exc, AirflowUnavailable) else None
+    return backoff_s(task.request.retries, asked_s, settings().retry_cap_s)
 
 
 def _retry(task: Any, exc: Exception, wait_s: float) -> Retry:
@@ -414,17 +621,28 @@ def _give_up(
 
 def look_up_later(task_id: str, dag_id: str, run_id: str, connection: str) -> None:
     """Publish the task that looks for a run after the request has ended. Raises NotHandedOver."""
+    _publish_later(
+        settle_outcome, "look-up", 2, task_id=task_id, dag_id=dag_id, dag_run_id=run_id, connection=connection
+    )
+
+
+def stop_later(task_id: str, dag_id: str, run_id: str, connection: str, *, known_ours: bool) -> None:
+    """Publish the task that sets a run to failed after the request has ended. Raises NotHandedOver."""
+    _publish_later(
+        stop_run,
+        "stop",
+        0,
+        task_id=task_id,
+        dag_id=dag_id,
+        dag_run_id=run_id,
+        connection=connection,
+        known_ours=known_ours,
+    )
+
+
+def _publish_later(task: Any, what: str, countdown: float, **kwargs: Any) -> None:
+    kwargs["until"] = datetime.now(UTC).timestamp() + settings().look_up_for_s
     try:
-        settle_outcome.apply_async(
-            kwargs={
-                "task_id": task_id,
-                "dag_id": dag_id,
-                "dag_run_id": run_id,
-                "connection": connection,
-                "until": datetime.now(UTC).timestamp() + settings().look_up_for_s,
-            },
-            queue=QUEUE_LOOKS,
-            countdown=2,
-        )
+        task.apply_async(kwargs=kwargs, queue=QUEUE_LOOKS, countdown=countdown or None)
     except Exception as exc:
-        raise NotHandedOver(f"the look-up of {task_id} could not be published: {exc}") from exc
+        raise NotHandedOver(f"the {what} of {kwargs['task_id']} could not be published: {exc}") from exc

@@ -1,8 +1,9 @@
 """An Airflow that is only an HTTP server, with the faults of a real one, on demand.
 
-It speaks enough of the API of Airflow 3 for a worker: version, token, trigger, get, list, clear, note. Runs
-are kept by (dag id, run id), one each, as Airflow's unique constraint keeps them. A fault decides for each
-POST of a run what becomes of it: see `Fault`. For tests and benchmarks; it measures nothing.
+It speaks enough of the API of Airflow 3 for a worker: version, token, trigger, get, list, clear, note, state,
+what tasks returned, delete. Runs are kept by (dag id, run id), one each, as Airflow's unique constraint keeps
+them. A fault decides for each POST of a run what becomes of it: see `Fault`. For tests and benchmarks; it
+measures nothing.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class FakeAirflow:
 
     `fault(number, dag_id, run_id)` is asked for each POST of a run, numbered from 1. `runs` maps
     (dag id, run id) to the run; `posts` counts the POSTs for each. `missing` and `broken` hold DAG ids.
+    `returned` maps (dag id, run id, task id) to what a task returned, or to "mapped". `lists` counts list
+    calls, `gets` the GETs of each run; while `silent`, questions about runs are answered with 503.
     """
 
     username, password, token = "admin", "adminpw", "a-token"
@@ -60,6 +63,10 @@ class FakeAirflow:
         self.refuse_credentials = False
         self.refuse_token = False
         self.logins = 0
+        self.returned: dict[tuple[str, str, str], Any] = {}
+        self.lists = 0
+        self.gets: Counter[tuple[str, str]] = Counter()
+        self.silent = False
         self.cleared: Counter[tuple[str, str]] = Counter()
         self.in_flight = self.most_in_flight = 0
         self.delay_s = 0.0
@@ -188,7 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
             with airflow._lock:
                 airflow.in_flight -= 1
 
-    do_GET = do_POST = do_PATCH = _do
+    do_GET = do_POST = do_PATCH = do_DELETE = _do
 
     def _route(self, method: str, parts: list[str], body: dict[str, Any]) -> None:
         airflow = self.airflow
@@ -206,7 +213,15 @@ class _Handler(BaseHTTPRequestHandler):
                 if "logical_date" in self.path:
                     found = [run for run in found if run["logical_date"]]
                 self._reply(200, {"dag_runs": found, "total_entries": len(found)})
+            case _, ["api", "v2", "dags", _, "dagRuns", *_] if airflow.silent:
+                self._reply(503, {"detail": "busy"})
+            case "POST", ["api", "v2", "dags", "~", "dagRuns", "list"]:
+                airflow.lists += 1
+                self._reply(200, self._listed(body))
+            case "GET", ["api", "v2", "dags", dag_id, "dagRuns", run_id, "taskInstances", task_id, *rest]:
+                self._reply(*self._task(dag_id, run_id, task_id, bool(rest)))
             case _, ["api", "v2", "dags", dag_id, "dagRuns", run_id, *rest]:
+                airflow.gets[dag_id, run_id] += method == "GET"
                 run = airflow.runs.get((dag_id, run_id))
                 if run is None:
                     words = f"The DagRun with dag_id: `{dag_id}` and run_id: `{run_id}` was not found"
@@ -214,12 +229,41 @@ class _Handler(BaseHTTPRequestHandler):
                     return
                 if method == "PATCH":
                     run |= body
+                elif method == "DELETE":
+                    del airflow.runs[dag_id, run_id]
                 elif rest == ["clear"] and body.get("dry_run", True) is False:
                     airflow.cleared[dag_id, run_id] += 1
                     run |= {"state": "queued", "start_date": None, "end_date": None}
                 self._reply(200, run)
             case _:
                 self._reply(404, {"detail": "Not Found"})
+
+    def _listed(self, body: dict[str, Any]) -> dict[str, Any]:
+        found = [
+            run
+            for (dag_id, _), run in list(self.airflow.runs.items())
+            if dag_id in body["dag_ids"]
+            and body["run_after_gte"] <= run["run_after"] <= body["run_after_lte"]
+            and run["state"] in body.get("states", ("queued", "running", "success", "failed"))
+        ]
+        return {"dag_runs": found[::-1][: body["page_limit"]], "total_entries": len(found)}
+
+    def _task(self, dag_id: str, run_id: str, task_id: str, xcom: bool) -> tuple[int, Any]:
+        """What Airflow says of a task of a run, or of what it returned."""
+        key = dag_id, run_id, task_id
+        there = key in self.airflow.returned
+        mapped = there and self.airflow.returned[key] == "mapped"
+        if xcom:
+            if there and not mapped:
+                return 200, {"key": "return_value", "value": self.airflow.returned[key]}
+            return 404, {"detail": "XCom entry with key: `return_value` not found"}
+        if mapped:
+            return 404, {"detail": "Task instance is mapped, add the map_index value to the URL"}
+        if there:
+            return 200, {"task_id": task_id}
+        return 404, {
+            "detail": f"The Task Instance with dag_id: `{dag_id}` and task_id: `{task_id}` was not found"
+        }
 
     def _log_in(self, body: dict[str, Any]) -> tuple[int, Any]:
         airflow = self.airflow

@@ -3,7 +3,7 @@
 A single GET costs Airflow 25 times as much as a row of a list, so all runs of a connection are asked for at
 once: those of their DAGs between the earliest and the latest of them, by the one time of a run that never
 changes (Airflow 3: `run_after`; Airflow 2: its logical date), as Airflow told it of each. What is not in the
-answer (it was deleted, or there are more runs than a list may have) is asked for by itself, a few in each look.
+answer (deleted, or there are more runs than a list may have) is asked for by itself, a few in each look.
 
 A look decides nothing: it only has the task wake up that waits, and that one asks Airflow itself.
 """

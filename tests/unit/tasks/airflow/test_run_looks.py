@@ -207,4 +207,4 @@ def test_a_list_that_gets_no_answer_is_asked_for_shorter_and_grows_again(airflow
     limits = [one["limit"] for one in airflow.lists]
     assert limits == [1000, 500, 250, 125, 62, 31, 25, 25, 100, 400, 1000, 1000]
     assert not airflow.lists[-1]["unfinished"]
-    assert run_looks.MIN_LIST == min(limits)
+    assert min(limits) == run_looks.MIN_LIST
