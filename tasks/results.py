@@ -17,7 +17,7 @@ from celery.backends.redis import RedisBackend
 from celery.exceptions import Reject
 from celery.utils.log import get_logger
 
-from producers.contract import TRIGGER_DAG, TriggerRequest
+from producers.contract import POLL_EXTERNAL_JOB, TRIGGER_DAG, TriggerRequest
 from producers.errors import OutcomeUnknown, error_from
 from producers.stores.records import State, store
 
@@ -155,11 +155,15 @@ def _of_request(request: Any, result: Any) -> dict[str, str]:
             return {name: value for name, value in found.items() if value}
         with suppress(TypeError, ValueError):  # an invalid message has no run id, and ends for that reason
             found["dag_run_id"] = TriggerRequest.from_message(kwargs).run_id_for(request.id)
+    elif found["task"] == POLL_EXTERNAL_JOB and isinstance(kwargs.get("service"), str):
+        found["service"] = kwargs["service"][:100]
     return {name: value for name, value in found.items() if value}
 
 
 def _of_outcome(state: State, result: Any) -> dict[str, str]:
     """Return why it waits or how it ended. Results are our own, and hold neither conf nor secret."""
+    if state == "done" and isinstance(result, dict) and "service" in result:  # the result is too large for it
+        return {"reason": "", "seen": str(result.get("state"))[:64]}
     if state == "done":
         run = result if isinstance(result, dict) and "dag_run_id" in result else None
         return {"reason": "", "run": json.dumps(run)} if run else {"reason": ""}
