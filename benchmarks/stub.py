@@ -1,8 +1,8 @@
 """An Airflow 3 that takes 20 ms for everything and next to no CPU: raw HTTP on asyncio, in its own process.
 
 It is a service of jobs too: a POST of /jobs makes one (one for each Idempotency-Key at /keyed/jobs), a GET of
-/jobs/ID says that it runs. /stub/looks tells how long it was between two GETs of the same job, since asked last;
-/stub/jobs which references jobs were made for.
+/jobs/ID says that it runs. /stub/looks tells how long it was between two GETs of the same job, since asked
+last; /stub/jobs which references jobs were made for.
 
 It speaks the few endpoints that a trigger needs, keeps no runs, and answers every POST of one as made. A GET
 of /stub?N says how many POSTs of runs have come, and when the Nth and the last. `tests.fake_airflow` knows
@@ -59,8 +59,8 @@ class Stub:
             return int(count), float(at), float(last)
 
     def looks(self, *, keep: bool = False) -> dict[str, Any]:
-        """Return what came since this was asked last, but for asking with `keep`: `jobs` looked at, `looks`, `gaps` in seconds between two
-        looks at the same job, and `at_once`, how often two looks at the same job overlapped."""
+        """Return what came since this was asked last (without `keep`): `jobs` that were looked at, `looks`,
+        `gaps` in seconds between two looks at the same job, `at_once`: how often two of them overlapped."""
         how = "keep" if keep else "looks"
         with urllib.request.urlopen(f"{self.url}/stub/{how}", timeout=60) as answer:  # noqa: S310 - our own
             found: dict[str, Any] = json.load(answer)
