@@ -30,6 +30,8 @@ error           worker       the class in `errors` that ended it, with error_arg
 run             worker       the run that it ended in, as JSON
 ended_at        worker       when it ended
 corrected_at    worker       when an unknown outcome was found to be a run after all
+fan_out         caller       the fan-out that it is part of (its own id: it is the fan-out)
+part            caller       its chunk and its place in it; outside (worker): it has a message of its own
 =============== ============ ====================================================================
 
 A record is written in the same script as the message it accounts for (`ACCEPT`) and as the Celery
@@ -166,12 +168,71 @@ return {attempts, string.format('%.3f', age), string.format('%.3f', missing),
 """
 )
 
+# What the end of one request means for the fan-out that it is part of (see `fan_outs`): its outcome is kept
+# and counted, once. One that has a message of its own is waited for by its chunk's task, which is sent on
+# with the last of them, or finds a line in its mailbox when it comes to park.
+PART_ENDED: Final = (
+    """
+local function part_ended(fan_out, part, state, outcome, outside, corrected)
+  local key = 'dagrelay:fan-out:' .. fan_out
+  local about = redis.call('HMGET', key, 'total', 'over', 'on_error')
+  if not about[1] or about[2] then return end
+  local chunk, place = string.match(part, '^(%d+) (%d+)$')
+  if redis.call('HSETNX', key .. ':outcomes', place, outcome) == 0 then
+    if corrected then  -- the state that it had
+      redis.call('HSET', key .. ':outcomes', place, outcome)
+      redis.call('HINCRBY', key, corrected, -1)
+    end
+    return
+  end
+  redis.call('HINCRBY', key, 'ended', 1)
+  if state ~= 'done' then redis.call('HINCRBY', key, state, 1) end
+  if state == 'failed' and about[3] == 'stop' then
+    redis.call('HSETNX', key, 'stopped', 'stopped: an earlier request failed')
+  end
+  if outside and redis.call('HINCRBY', key, 'outside:' .. chunk, -1) == 0 then
+    local id = fan_out .. '.' .. chunk
+    local value = redis.call('HGET', 'dagrelay:parked', id)
+    if value then
+      local a = string.find(value, '\\0', 1, true)
+      local b = string.find(value, '\\0', a + 1, true)
+      local c = string.find(value, '\\0', b + 1, true)
+      redis.call('LPUSH', string.sub(value, b + 1, c - 1), string.sub(value, c + 1))
+      redis.call('HDEL', 'dagrelay:parked', id)
+      redis.call('ZREM', 'dagrelay:due', id)
+    else
+      redis.call('RPUSH', 'dagrelay:seen:' .. id, 'null')
+      redis.call('EXPIRE', 'dagrelay:seen:' .. id, """
+    + str(KEEP_S)
+    + """)
+    end
+  end
+end
+local function outcome_of(record, id, state)
+  local found = redis.call('HMGET', record, 'dag_id', 'dag_run_id', 'run', 'error', 'reason', 'cancel_by')
+  local text = '{"id":' .. cjson.encode(id) .. ',"dag_id":' .. cjson.encode(found[1] or '')
+    .. ',"dag_run_id":' .. cjson.encode(found[2] or '') .. ',"state":"' .. state .. '"'
+  if state == 'done' then return text .. ',"run":' .. (found[3] or 'null') .. '}' end
+  local kind, reason = found[4] or 'TaskFailed', found[5] or ''
+  if state == 'cancelled' then
+    if kind ~= 'RequestCancelled' and kind ~= 'OutcomeUnknown' then
+      kind, reason = 'RequestCancelled', found[6] and 'asked by ' .. found[6] or 'revoked'
+    end
+    reason = string.gsub(reason, '^cancelled: ', '')
+  end
+  return text .. ',"error":' .. cjson.encode(kind) .. ',"reason":' .. cjson.encode(reason) .. '}'
+end
+"""
+)
+
 # KEYS: the result and the record. ARGV: the result as Celery keeps it, its seconds to live, the state of
 # the record, seconds in which the next attempt is due, seconds to keep the record, correct (0/1), then
 # pairs of fields. An end stands: whatever comes later (a copy of the message, a redelivery) only renews
 # a result that is gone. `correct` replaces an end that was OutcomeUnknown, and no other. The retry of an
 # older copy changes nothing. With the end goes all that is kept for a task that waits: see `waits`.
-STORE: Final = Script("""
+STORE: Final = Script(
+    PART_ENDED
+    + """
 local result, record = KEYS[1], KEYS[2]
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1e6
@@ -200,7 +261,7 @@ else
   if ARGV[6] == '1' then redis.call('HDEL', record, 'error', 'error_args') end
   redis.call('HDEL', record, 'next_at')
   redis.call('EXPIRE', record, ARGV[5])
-  local waited = redis.call('HMGET', record, 'waits_for', 'look', 'cancel_by')
+  local waited = redis.call('HMGET', record, 'waits_for', 'look', 'cancel_by', 'fan_out', 'part', 'outside')
   local id = string.sub(record, 17)
   redis.call('DEL', 'dagrelay:seen:' .. id)
   redis.call('ZREM', 'dagrelay:cancelled', id)
@@ -209,10 +270,20 @@ else
     redis.call('ZREM', 'dagrelay:due', id)
   end
   if waited[2] and waited[2] ~= '' then redis.call('ZREM', 'dagrelay:looks:' .. waited[2], id) end
+  if waited[4] and waited[5] then
+    part_ended(waited[4], waited[5], ARGV[3], outcome_of(record, id, ARGV[3]), waited[6],
+      ARGV[6] == '1' and state)
+  elseif waited[4] then
+    local key = 'dagrelay:fan-out:' .. id
+    redis.call('DEL', key .. ':requests', key .. ':outcomes')
+    redis.call('HSET', key, 'over', '1')
+    redis.call('EXPIRE', key, ARGV[5])
+  end
 end
 redis.call('PUBLISH', result, ARGV[1])
 return 1
-""")
+"""
+)
 
 
 @dataclass(frozen=True, slots=True)
