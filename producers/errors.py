@@ -11,7 +11,6 @@ the very class that the worker raised.
     ├── InvalidRequest            the request is wrong by its form: mend the call
     │   ├── ConnectionNotConfigured   it names an Airflow that the worker does not know
     │   └── ServiceNotConfigured      it names a service that the worker does not know, or another host
-    ├── NotSupportedYet           this release declares it and cannot do it yet
     ├── BrokerUnavailable         Redis did not take it, or did not say: send again with the same key
     ├── ResultError
     │   ├── ResultNotReady        not ended within the timeout of `.get()`: ask again
@@ -27,7 +26,7 @@ the very class that the worker raised.
     │   ├── ExternalJobFailed     the job failed, in the service's words
     │   │   └── ExternalJobGone   the service has no such job any more
     │   ├── ExternalJobOverdue    timeout_s passed, and the job had not ended
-    │   └── ExternalJobUnreadable the looks failed, or answered nonsense, more often than max_errors
+    │   └── ExternalJobUnreadable  the looks failed, or answered nonsense, more often than max_errors
     └── AirflowError
         ├── AirflowUnavailable    no usable answer: retried; it ends a request as GaveUp at the earliest
         ├── CredentialsRefused    the connection is wrong, not the request: the connection is held
@@ -104,10 +103,6 @@ class ServiceNotConfigured(InvalidRequest):
             f"service {self.service!r} is not configured in the worker: "
             f"set DAGRELAY_SERVICE_{self.service.upper()} there, or name another service"
         )
-
-
-class NotSupportedYet(DagrelayError):
-    """This release declares the feature and cannot do it yet. Nothing was sent."""
 
 
 class BrokerUnavailable(DagrelayError):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery.canvas import Signature
 
-from .contract import QUEUE_TRIGGERS, TriggerRequest, shown_message
+from .contract import POLL_EXTERNAL_JOB, PollRequest, TriggerRequest, shown_message, shown_poll
 
 if TYPE_CHECKING:
     from .stubs import TaskStub
@@ -18,32 +18,36 @@ _OF_A_CANVAS = {"group_id", "group_index", "chord", "chain", "root_id", "parent_
 class RelaySignature(Signature):
     """A signature which, called by itself, goes through our door and not through the host's app."""
 
-    _stub: TaskStub[Any]
+    _stub: TaskStub[..., Any, Any]
 
     def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:  # type: ignore[override]
         """Send it, by the host's app when it is part of a canvas."""
         if _OF_A_CANVAS & (options.keys() | self.options.keys()):
             return super().apply_async(args, kwargs, **options)
-        from .stubs import conf_from_chain
+        from .stubs import body_from_chain, conf_from_chain
 
         merged = {**self.options, **options}
         for ours in ("queue", "argsrepr", "kwargsrepr"):
             merged.pop(ours, None)
-        positional, keywords = conf_from_chain(
+        take = body_from_chain if self._stub.name == POLL_EXTERNAL_JOB else conf_from_chain
+        positional, keywords = take(
             tuple(args or ()) if not self.immutable else (),
             {**TriggerRequest.fields_of(self.kwargs), **(kwargs or {} if not self.immutable else {})},
         )
         return self._stub.apply_async(positional, keywords, **merged)
 
 
-def signature(stub: TaskStub[Any], request: TriggerRequest, *, immutable: bool) -> RelaySignature:
+def signature(
+    stub: TaskStub[..., Any, Any], request: TriggerRequest | PollRequest, *, immutable: bool
+) -> RelaySignature:
     """Return a signature for a checked request; what Flower may show of it travels with it."""
     message = request.to_message()
+    shown = shown_message(message) if isinstance(request, TriggerRequest) else shown_poll(message)
     made = RelaySignature(
         stub.name,
         args=(),
         kwargs=message,
-        options={"queue": QUEUE_TRIGGERS, "argsrepr": "()", "kwargsrepr": shown_message(message)},
+        options={"queue": stub.queue, "argsrepr": "()", "kwargsrepr": shown},
         immutable=immutable,
     )
     made._stub = stub

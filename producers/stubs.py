@@ -5,17 +5,26 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast
 
 from .client import client
 from .contract import (
     POLL_EXTERNAL_JOB,
+    QUEUE_JOBS,
+    QUEUE_TRIGGERS,
     TRIGGER_DAG,
+    Call,
+    DagRun,
+    Find,
     IfExists,
+    JobOutcome,
+    PollRequest,
+    Submit,
     TriggerRequest,
 )
-from .errors import InvalidRequest, NotSupportedYet
+from .errors import InvalidRequest
 from .handle import Handle
 
 if TYPE_CHECKING:
@@ -23,35 +32,39 @@ if TYPE_CHECKING:
     from celery.canvas import Signature
 
 P = ParamSpec("P")
+R = TypeVar("R", TriggerRequest, PollRequest)
+T = TypeVar("T")
 
 # Any fixed value will do: it turns the id of a host's task into the id of the request that it makes.
 _RELAY_NAMESPACE = uuid.UUID("b7a5c7f2-9b7e-5e0a-8a53-9d2f6a0f4c11")
 
 
-class TaskStub(Generic[P]):
+class TaskStub(Generic[P, R, T]):
     """A Celery task that runs elsewhere: `.delay()`, `.apply_async()`, `.s()`, `.si()`, `.adelay()`.
+
+    `P` are its arguments, `R` the request that they make, `T` what it ends in.
 
     The arguments are checked here, by the function that it was made from, so a mistake is a TypeError or
     an InvalidRequest at the caller and never a poisoned message.
     """
 
-    def __init__(self, name: str, request: Callable[P, TriggerRequest]) -> None:
-        self.name = name
-        self.request: Callable[P, TriggerRequest] = request
-        """Check the arguments and return them as a `TriggerRequest`, without sending anything."""
+    def __init__(self, name: str, queue: str, outcome: type[T], request: Callable[P, R]) -> None:
+        self.name, self.queue, self.outcome = name, queue, outcome
+        self.request: Callable[P, R] = request
+        """Check the arguments and return them as a request, without sending anything."""
         self.__name__, self.__doc__ = request.__name__, request.__doc__
-        self.__wrapped__ = request  # what `inspect.signature` and editors read
+        self.__wrapped__: Callable[P, R] = request  # what `inspect.signature` and editors read
 
     def __repr__(self) -> str:
         return f"<{self.name}: use .delay(), .apply_async() or .s()>"
 
-    def delay(self, *args: P.args, **kwargs: P.kwargs) -> Handle:
+    def delay(self, *args: P.args, **kwargs: P.kwargs) -> Handle[T]:
         """Hand the request to the workers and return at once.
 
         Raises TypeError or InvalidRequest for what is wrong with the arguments (nothing was sent), and
         BrokerUnavailable within about 1 s when Redis does not take it: send again with the same key.
         """
-        return client().enqueue(self.request(*args, **kwargs))
+        return cast(Handle[T], client().enqueue(self.request(*args, **kwargs)))
 
     def apply_async(
         self,
@@ -66,7 +79,7 @@ class TaskStub(Generic[P]):
         link: Any = None,
         link_error: Any = None,
         ignore_result: bool = False,
-    ) -> Handle:
+    ) -> Handle[T]:
         """Do as `delay` does, with Celery's options.
 
         countdown, eta
@@ -84,7 +97,7 @@ class TaskStub(Generic[P]):
         Raises as `delay` does.
         """
         request = self.request(*args, **(kwargs or {}))
-        return client().enqueue(
+        handle = client().enqueue(
             request,
             task_id=task_id,
             countdown=countdown,
@@ -95,12 +108,13 @@ class TaskStub(Generic[P]):
             link_error=link_error,
             ignore_result=ignore_result,
         )
+        return cast(Handle[T], handle)
 
-    async def adelay(self, *args: P.args, **kwargs: P.kwargs) -> Handle:
+    async def adelay(self, *args: P.args, **kwargs: P.kwargs) -> Handle[T]:
         """Do as `delay` does, without blocking the event loop."""
         return await asyncio.to_thread(self.delay, *args, **kwargs)
 
-    def delay_many(self, requests: Iterable[TriggerRequest]) -> list[Handle]:
+    def delay_many(self, requests: Iterable[R]) -> list[Handle[T]]:
         """Hand many requests to the workers in one pipeline; return a handle for each, in order.
 
         Raises BrokerUnavailable when the connection breaks, and some may then have arrived: send all of
@@ -109,7 +123,8 @@ class TaskStub(Generic[P]):
         return client().enqueue_many(requests)
 
     def s(self, *args: P.args, **kwargs: P.kwargs) -> Signature[Any]:
-        """Return a signature for a canvas. In a chain, the result of the task before becomes the conf.
+        """Return a signature for a canvas. In a chain, the result of the task before becomes the conf of a
+        trigger, and the body of a poll's `submit`.
 
         Called by itself (`.delay()`, `.apply_async()`) it goes through our door. Within a canvas of the
         host it is sent by the host's Celery app, whose broker must then be the Redis of Dagrelay's
@@ -121,7 +136,7 @@ class TaskStub(Generic[P]):
         """Return an immutable signature: it takes nothing from the task before it."""
         return self._signature(True, self.request(*args, **kwargs))
 
-    def _signature(self, immutable: bool, request: TriggerRequest) -> Signature[Any]:
+    def _signature(self, immutable: bool, request: TriggerRequest | PollRequest) -> Signature[Any]:
         from .signatures import signature
 
         return signature(self, request, immutable=immutable)
@@ -139,6 +154,10 @@ def _trigger_dag(
     connection: str = "default",
     if_exists: IfExists = "reuse",
     give_up_after_s: float | None = None,
+    wait: bool = False,
+    wait_timeout_s: float | None = None,
+    result_from: str | None = None,
+    stop_run: bool = False,
 ) -> TriggerRequest:
     """Start one Airflow DAG run; repeated with the same key, it is still one run.
 
@@ -163,33 +182,68 @@ def _trigger_dag(
         given["if_exists"] = if_exists
     if give_up_after_s is not None:
         given["give_up_after_s"] = give_up_after_s
+    if wait:
+        given["wait"] = wait
+    if wait_timeout_s is not None:
+        given["wait_timeout_s"] = wait_timeout_s
+    if result_from is not None:
+        given["result_from"] = result_from
+    if stop_run:
+        given["stop_run"] = stop_run
     return TriggerRequest(**given)
 
 
 _trigger_dag.__name__ = _trigger_dag.__qualname__ = "trigger_dag"  # what a TypeError calls it
 
-trigger_dag = TaskStub(TRIGGER_DAG, _trigger_dag)
+trigger_dag = TaskStub(TRIGGER_DAG, QUEUE_TRIGGERS, DagRun, _trigger_dag)
 
 
-class _PollExternalJob:
-    """`poll_external_job` as this release has it: declared by name, and refused with a clear word."""
+def _poll_external_job(
+    service: str,
+    path: str | None = None,
+    *,
+    url: str | None = None,
+    method: Literal["GET", "POST"] = "GET",
+    body: Any = None,
+    headers: dict[str, str] | None = None,
+    query: dict[str, str] | None = None,
+    submit: Submit | dict[str, Any] | None = None,
+    submit_once: bool = False,
+    find: Find | dict[str, Any] | None = None,
+    job_id: str | None = None,
+    state: str | None = None,
+    success: list[str] | None = None,
+    failure: list[str] | None = None,
+    result: str | None = None,
+    progress: str | None = None,
+    reason: str | None = None,
+    gone: list[int] | None = None,
+    interval_s: float | None = None,
+    growth: float | None = None,
+    max_interval_s: float | None = None,
+    jitter: float | None = None,
+    timeout_s: float | None = None,
+    max_errors: int | None = None,
+    then: TriggerRequest | dict[str, Any] | None = None,
+    on_cancel: Call | dict[str, Any] | None = None,
+    wake_keys: list[str] | None = None,
+) -> PollRequest:
+    """Start a job on an outside service (with `submit`) and follow it until it ends; waiting costs no worker.
 
-    name = POLL_EXTERNAL_JOB
-
-    def delay(self, *_args: Any, **_kwargs: Any) -> NoReturn:
-        """Raise NotSupportedYet; nothing is sent."""
-        raise NotSupportedYet(
-            "poll_external_job is declared, and not built yet in this release: nothing was sent"
-        )
-
-    apply_async = s = si = delay
-
-    async def adelay(self, *_args: Any, **_kwargs: Any) -> NoReturn:
-        """Raise NotSupportedYet; nothing is sent."""
-        self.delay()
+    The arguments are those of `producers.contract.PollRequest`, which describes each.
+    """
+    given = {name: value for name, value in locals().items() if value is not None}
+    if isinstance(then, dict):
+        with suppress(InvalidRequest, TypeError):  # which PollRequest tells
+            then = TriggerRequest(**then)
+    if isinstance(then, TriggerRequest):  # as JSON: an instant becomes text
+        given["then"] = TriggerRequest.fields_of(then.to_message())
+    return PollRequest(**given)
 
 
-poll_external_job = _PollExternalJob()
+_poll_external_job.__name__ = _poll_external_job.__qualname__ = "poll_external_job"
+
+poll_external_job = TaskStub(POLL_EXTERNAL_JOB, QUEUE_JOBS, JobOutcome, _poll_external_job)
 
 
 def register_relay(host_app: Celery, name: str = "dagrelay.trigger_dag") -> Any:
@@ -208,6 +262,24 @@ def register_relay(host_app: Celery, name: str = "dagrelay.trigger_dag") -> Any:
         return trigger_dag.apply_async(args, kwargs, task_id=task_id).id
 
     return relay
+
+
+def body_from_chain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Take the result that a chain puts before the arguments as the body of a poll's `submit`.
+
+    Raises InvalidRequest when there is no `submit`, or it has a body already.
+    """
+    if not args or (isinstance(args[0], str) and "service" not in kwargs):
+        return args, kwargs
+    result, *rest = args
+    if result is None:
+        return tuple(rest), kwargs
+    submit = kwargs.get("submit")
+    if not isinstance(submit, dict) or submit.get("body") is not None:
+        raise InvalidRequest(
+            "submit: the result of the task before becomes its body: give a submit without one, or use .si()"
+        )
+    return tuple(rest), {**kwargs, "submit": {**submit, "body": result}}
 
 
 def conf_from_chain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -248,21 +248,20 @@ def look_of(
     `job_id`, `reference` and `seen` are the record's fields. Raises ServiceNotConfigured for a URL that is
     not within the service, InvalidRequest for a job id that no path can hold.
     """
-    if job_id is None:
-        job_id = message.get("job_id")
+    job_id = job_id or message.get("job_id")
     path = message.get("path") or _path_within(service, message["url"])
     request = request_of(
         service,
         message.get("method", "GET"),
         path,
         job_id=job_id,
-        reference=reference,
+        reference=reference or None,
         task_id=task_id,
         body=message.get("body"),
         headers=message.get("headers"),
         query=message.get("query"),
     )
-    return Look(service, rules_of(message), job_id, request, seen is None and "submit" in message)
+    return Look(service, rules_of(message), job_id, request, not seen and "submit" in message)
 
 
 def call_of(

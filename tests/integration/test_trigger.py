@@ -313,14 +313,3 @@ def test_a_message_of_a_newer_release_waits_for_a_newer_worker(relay, worker, va
     until(lambda: relay.handle(sent.id).state == "waiting")
     assert "knows more than v1" in relay.record(sent.id).reason
     assert not airflow.posts
-
-
-def test_poll_external_job_says_that_it_is_not_there_yet(relay, worker, valkey):
-    from celery import Celery
-
-    stock = Celery("else", broker=valkey.url, set_as_current=False)
-
-    sent = stock.send_task("tasks.poll_external_job", (), {"service": "x"}, queue="jobs")
-
-    until(lambda: relay.handle(sent.id).state == "failed")
-    assert "not built yet" in relay.record(sent.id).reason

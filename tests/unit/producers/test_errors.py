@@ -27,6 +27,7 @@ VALUES = {
     "float": 86400.0,
     "bool": False,
     "float | None": 2.5,
+    "str | None": "another word",
 }
 
 

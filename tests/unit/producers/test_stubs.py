@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from producers import TriggerRequest, poll_external_job, trigger_dag
-from producers.errors import InvalidRequest, NotSupportedYet
-from producers.stubs import conf_from_chain, register_relay
+from producers import PollRequest, TriggerRequest, poll_external_job, trigger_dag
+from producers.errors import InvalidRequest
+from producers.stubs import body_from_chain, conf_from_chain, register_relay
 
 CANARY = "c4n4ry-s3cret"
 
@@ -84,6 +84,10 @@ def test_every_argument_of_the_stub_reaches_the_request():
         "connection": "prod",
         "if_exists": "clear",
         "give_up_after_s": 60.0,
+        "wait": True,
+        "wait_timeout_s": 90.0,
+        "result_from": "last",
+        "stop_run": True,
     }
 
     assert trigger_dag.request("d", **given).to_message() == {"v": 1, "dag_id": "d", **given}
@@ -176,14 +180,116 @@ def test_a_relay_is_a_task_of_the_hosts_app_alone():
     assert register_relay(host, "mine").name == "mine"
 
 
-# Not built yet
+# poll_external_job
+
+
+def test_the_stub_of_polls_takes_exactly_what_the_contract_has():
+    parameters = inspect.signature(poll_external_job.request).parameters
+
+    assert list(parameters) == list(PollRequest.model_fields)
+    assert poll_external_job.__name__ == "poll_external_job"
+
+
+def test_every_argument_of_the_poll_stub_reaches_the_request():
+    given: dict[str, Any] = {
+        "path": "/jobs/{job_id}",
+        "method": "POST",
+        "body": {"id": "{job_id}"},
+        "headers": {"X-Team": "a"},
+        "query": {"full": "1"},
+        "submit": {"path": "/jobs?ref={reference}", "body": {"n": 1}, "job_id": "job.id"},
+        "submit_once": True,
+        "find": {"path": "/jobs?ref={reference}", "job_id": "jobs[0].id"},
+        "state": "job.state",
+        "success": ["ok"],
+        "failure": ["ko"],
+        "result": "job.out",
+        "progress": "job.percent",
+        "reason": "job.why",
+        "gone": [410],
+        "interval_s": 2.0,
+        "growth": 2.0,
+        "max_interval_s": 20.0,
+        "jitter": 0.2,
+        "timeout_s": 60.0,
+        "max_errors": 3,
+        "then": {"dag_id": "report", "conf": {"a": 1}},
+        "on_cancel": {"path": "/jobs/{job_id}", "method": "DELETE"},
+        "wake_keys": ["k"],
+    }
+
+    sent = poll_external_job.request("train", **given).to_message()
+
+    assert sent == {"v": 1, "service": "train", **given}
+    assert set(given) | {"service", "url", "job_id"} == set(PollRequest.model_fields)
 
 
 @pytest.mark.parametrize("call", ["delay", "apply_async", "s", "si", "adelay"])
-@pytest.mark.parametrize(("args", "kwargs"), [((), {}), (("job",), {"service": "x"})])
-def test_poll_external_job_says_not_yet_whichever_way_it_is_called(call, args, kwargs):
-    with pytest.raises(NotSupportedYet, match="nothing was sent"):
-        finish(getattr(poll_external_job, call)(*args, **kwargs))
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"path": "/jobs/1", "state": "state["}, "state: is no JMESPath expression"),
+        ({"path": "/jobs/1", "success": ["a", "B"], "failure": ["b"]}, "both have b"),
+        ({"path": "http://evil/jobs"}, "path: is no path within the service"),
+        ({"path": "/jobs/1", "url": "https://h/jobs/1"}, "and not both"),
+        ({"path": "/jobs/1", "headers": {"Authorization": CANARY}}, "carries no credentials"),
+        ({"path": "/jobs/1", "interval_s": 0}, "interval_s"),
+        ({"path": "/jobs/{job_id}"}, "neither a job_id nor a submit"),
+        ({"path": "/j", "then": {"dag_id": "no good"}}, "then: dag_id: is no DAG id"),
+        ({"path": "/j", "submit": {"path": "/jobs", "body": object()}}, "body"),
+        ({"path": "/j", "submit": {"path": "/jobs"}, "find": {"path": "/jobs"}}, "has no {reference}"),
+    ],
+)
+def test_a_wrong_poll_is_told_at_the_call_and_nothing_is_sent(used_here, call, kwargs, words):
+    with pytest.raises(InvalidRequest) as caught:
+        if call == "apply_async":
+            poll_external_job.apply_async(("train",), kwargs)
+        else:
+            finish(getattr(poll_external_job, call)("train", **kwargs))
+
+    assert words in str(caught.value)
+    assert CANARY not in str(caught.value)
+
+
+def test_a_trigger_that_follows_may_be_given_as_a_request():
+    then = TriggerRequest("report", logical_date="2026-11-20T00:00:00+00:00")
+
+    sent = poll_external_job.request("train", "/jobs/1", then=then).to_message()
+
+    assert sent["then"] == {"dag_id": "report", "logical_date": "2026-11-20T00:00:00+00:00"}
+    json.dumps(sent)
+
+
+def test_a_signature_of_a_poll_goes_to_its_own_queue_and_shows_no_value():
+    made = poll_external_job.s("train", "/jobs/{job_id}", submit={"path": "/jobs", "body": {"t": CANARY}})
+
+    sent = json.loads(json.dumps(made))
+
+    assert (sent["task"], sent["options"]["queue"]) == ("tasks.poll_external_job", "jobs")
+    assert CANARY not in json.dumps(sent["options"])
+    assert "service=train" in sent["options"]["kwargsrepr"]
+
+
+@pytest.mark.parametrize(
+    ("args", "submit", "expected"),
+    [
+        (({"n": 1},), {"path": "/jobs"}, {"path": "/jobs", "body": {"n": 1}}),
+        (([1],), {"path": "/jobs"}, {"path": "/jobs", "body": [1]}),
+        (("text",), {"path": "/jobs"}, {"path": "/jobs", "body": "text"}),
+        ((None,), {"path": "/jobs", "body": 1}, {"path": "/jobs", "body": 1}),
+        ((), {"path": "/jobs"}, {"path": "/jobs"}),
+    ],
+)
+def test_the_result_of_the_task_before_becomes_the_body_of_submit(args, submit, expected):
+    found = body_from_chain(args, {"service": "train", "submit": submit})
+
+    assert found == ((), {"service": "train", "submit": expected})
+
+
+@pytest.mark.parametrize("submit", [None, {"path": "/jobs", "body": 1}])
+def test_a_result_that_no_submit_can_take_is_refused(submit):
+    with pytest.raises(InvalidRequest, match=r"\.si\(\)"):
+        body_from_chain(({"n": 1},), {"service": "train", "submit": submit})
 
 
 # Types: what an editor and mypy tell a caller
@@ -191,8 +297,10 @@ def test_poll_external_job_says_not_yet_whichever_way_it_is_called(call, args, k
 
 RIGHT = """
 from datetime import UTC, datetime
-from producers import DagRun, Handle, TriggerRequest, trigger_dag
+from producers import DagRun, Handle, JobOutcome, TriggerRequest, poll_external_job, trigger_dag
 
+job: JobOutcome = poll_external_job.delay("train", "/jobs/1", interval_s=5).get()
+follows: Handle[JobOutcome] = poll_external_job.apply_async(("train",), {"path": "/jobs/1"})
 handle: Handle = trigger_dag.delay("d", {"a": 1}, key="k", logical_date=datetime.now(UTC), if_exists="clear")
 run: DagRun = handle.get(timeout=5)
 state: str = run.state
@@ -204,7 +312,7 @@ async def ask() -> DagRun:
     return await (await trigger_dag.adelay("d")).aget(timeout=1)
 """
 WRONG = """
-from producers import trigger_dag
+from producers import poll_external_job, trigger_dag
 
 trigger_dag.delay()
 trigger_dag.delay(5)
@@ -218,6 +326,9 @@ trigger_dag.si()
 trigger_dag.request("d", connection=None)
 trigger_dag.delay_many(["d"])
 x: int = trigger_dag.delay("d")
+poll_external_job.delay(path="/jobs/1")  # not trigger_dag.
+poll_external_job.delay("train", interval="5")  # not trigger_dag.
+poll_external_job.delay("train", "/jobs/1", method="PUT")  # not trigger_dag.
 """
 
 
