@@ -21,7 +21,9 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
+from celery.events.state import Task
 from flower.views.monitor import Metrics
 from tornado.web import authenticated
 
@@ -85,3 +87,36 @@ persistent = False
 # `tests/integration/test_flower.py` asks every page without a login, so that no new one slips through.
 if not hasattr(Metrics.get, "__wrapped__"):
     Metrics.get = authenticated(Metrics.get)
+
+
+class WaitingState(str):
+    """The state of a task that waits, as a page shows it.
+
+    Flower offers "Revoke" for RETRY and RECEIVED, and for no state that it does not know: this one says that
+    it is RETRY when it is compared.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return other == "RETRY" or str.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+def format_task(task: Any) -> Any:
+    """Called by Flower with a copy of what a page is to show."""
+    if task.state.startswith("WAITING"):
+        task.state = WaitingState(task.state)
+        task.progress = task.progress or None
+    else:
+        task.progress = None  # it ran on, or has ended
+    return task
+
+
+# What a waiting task says of the outside job (`tasks.waiting.show_waiting`): a row of a task's page.
+_shown: Any = Task
+if "progress" not in _shown._fields:
+    _shown.progress = None
+    _shown._fields = (*_shown._fields, "progress")

@@ -35,13 +35,14 @@ class Shared:
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
     folder = tmp_path_factory.mktemp("shared")
     with Valkey() as valkey, FakeAirflow() as airflow:
         connections = {"default": f"{airflow.conn_uri}/?read_timeout_s=1"}
         # Short where a user's would be long: nobody waits a minute for a test.
         env = {"DAGRELAY_MISSING_GRACE_S": "1", "DAGRELAY_LOOK_UP_EVERY_S": "1"}
-        with Worker(valkey.url, folder, connections=connections, **env) as worker:
+        options = getattr(request.module, "WORKER_OPTIONS", ())
+        with Worker(valkey.url, folder, connections=connections, options=options, **env) as worker:
             yield Shared(valkey, airflow, worker)
 
 
