@@ -9,6 +9,8 @@
 
 `poll_external_job` starts a job on another service and follows it until it ends.
 
+`fan_out` starts thousands of runs at once, with one callback for all of their outcomes.
+
 `DAGRELAY_REDIS_URL`, or `configure(redis_url=...)`, names the Redis of Dagrelay's workers. This package
 neither needs nor touches the host's own Celery app.
 """
@@ -28,6 +30,7 @@ from .errors import (
     ExternalJobGone,
     ExternalJobOverdue,
     ExternalJobUnreadable,
+    FanOutBroken,
     InvalidRequest,
     RequestCancelled,
     RequestUnknown,
@@ -36,6 +39,7 @@ from .errors import (
     SubmitRejected,
     SubmitUnknown,
 )
+from .fan_out import FanOut, afan_out, fan_out
 from .handle import Handle
 from .stubs import poll_external_job, register_relay, trigger_dag
 
@@ -54,6 +58,8 @@ __all__ = [
     "ExternalJobGone",
     "ExternalJobOverdue",
     "ExternalJobUnreadable",
+    "FanOut",
+    "FanOutBroken",
     "Find",
     "Handle",
     "InvalidRequest",
@@ -69,8 +75,10 @@ __all__ = [
     "SubmitRejected",
     "SubmitUnknown",
     "TriggerRequest",
+    "afan_out",
     "client",
     "configure",
+    "fan_out",
     "poll_external_job",
     "register_relay",
     "trigger_dag",

@@ -18,7 +18,7 @@ from celery.exceptions import Reject
 from celery.utils.log import get_logger
 
 from producers.contract import POLL_EXTERNAL_JOB, TRIGGER_DAG, TriggerRequest
-from producers.errors import OutcomeUnknown, error_from
+from producers.errors import DagrelayError, OutcomeUnknown, error_from
 from producers.stores.records import State, store
 
 log = get_logger("dagrelay.results")
@@ -90,6 +90,16 @@ class RecordedBackend(RedisBackend):
         """Replace an end that was OutcomeUnknown by the run that was found; tell whether it was one."""
         meta = self._get_result_meta(result=result, state=states.SUCCESS, traceback=None, request=None)
         return self.store_with_record(task_id, {**meta, "task_id": task_id}, None, correct=True)
+
+    def end(self, task_id: str, state: str, exc: DagrelayError) -> bool:
+        """End a task from outside of it, with a failure or a cancellation; tell whether it had not ended."""
+        result = {
+            "exc_type": type(exc).__name__,
+            "exc_message": list(exc.args),
+            "exc_module": type(exc).__module__,
+        }
+        meta = self._get_result_meta(result=result, state=state, traceback=None, request=None)
+        return self.store_with_record(task_id, {**meta, "task_id": task_id}, None)
 
     def store_with_record(
         self, task_id: str, meta: dict[str, Any], request: Any, *, correct: bool = False

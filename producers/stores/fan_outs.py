@@ -37,6 +37,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
+from ..contract import VERSION
+from .envelope import _envelope
 from .records import ENDED, KEEP_S, PART_ENDED, RESULT_PREFIX, Script, record_key
 from .waits import CANCELLED, DUE, PARKED, Waits, seen_key
 
@@ -54,6 +56,9 @@ AT_ONCE_BYTES: Final = 8_000_000
 """How much a call sends before it waits for Redis' answers."""
 
 FIRST_WATCH_S: Final = 60.0
+
+ASKED_BY: Final = "asked by "
+"""How the reason of what somebody cancelled begins."""
 
 
 def fan_out_key(fan_out_id: str) -> str:
@@ -84,6 +89,24 @@ def watch_id(fan_out_id: str) -> str:
 def then_id(fan_out_id: str) -> str:
     """Return the task id of the callback, unless its signature has one."""
     return f"{fan_out_id}.then"
+
+
+def message_of(task: str, task_id: str, queue: str, fan_out_id: str, by: str) -> bytes:
+    """Return the Celery message of a task that takes a fan-out's id."""
+    return _envelope(
+        task=task,
+        task_id=task_id,
+        queue=queue,
+        kwargs={"v": VERSION, "fan_out_id": fan_out_id},
+        callbacks=None,
+        errbacks=None,
+        kwargsrepr=f"fan_out={fan_out_id}",
+        eta=None,
+        expires=None,
+        priority=0,
+        origin=by,
+        ignore_result=True,
+    )
 
 
 # Write some requests. KEYS: the requests, the record of the fan-out. ARGV: fan-out id, chunk, the messages as
@@ -353,11 +376,19 @@ class FanOuts:
             stopped=found.get("stopped", ""),
         )
 
-    def cancel(self, fan_out_id: str, task_ids: Sequence[str], by: str) -> None:
-        """Start nothing more of it, and ask for what has not ended to be cancelled."""
+    def cancel(self, fan_out_id: str, by: str) -> bool:
+        """Start nothing more of it, and ask for what has a message of its own to be cancelled.
+
+        The rest ends by the first alone. Returns False, and does nothing, if it has ended.
+        """
         keys = (fan_out_key(fan_out_id), record_key(fan_out_id))
-        if STOP.run(self._client, keys, (f"asked by {by}",)):
-            Waits(self._client).cancel_many(task_ids, by)
+        if not STOP.run(self._client, keys, (ASKED_BY + by,)):
+            return False
+        for task_ids in self.open_chunks(fan_out_id).values():
+            outside = [task_id for task_id, left in self.unended(task_ids).items() if left]
+            if outside:
+                Waits(self._client).cancel_many(outside, by)
+        return True
 
     # What workers do
 

@@ -1,0 +1,533 @@
+"""Fan-outs in a worker: one Celery chord for many triggers, whose parts do up to 200 of them at once.
+
+- `fan_out` launches the chord: Celery renders header and body, and one script pushes them, once. So one that
+  was killed and is delivered again launches the same chord, and never a second time.
+- `trigger_chunk`, a part of its header, posts its triggers side by side over one asyncio loop. What is made
+  cleanly is ended in bulk. Anything else (a conflict, a refusal, no answer, a held connection) leaves the
+  chunk as a message of its own, as if it had come by itself, and the policy of `tasks/trigger.py` applies to
+  it. The chunk then waits parked for the last of those, and costs nothing.
+- `fan_out_end`, its body, has all outcomes, in order, as its result; it sends the caller's callback, once.
+- `watch_fan_out` looks whether a fan-out that does not get on still has all of its parts, and says so if not.
+
+What is kept in Redis, and which script does what: `producers/stores/fan_outs.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from celery import chord, group, states
+from celery.canvas import maybe_signature
+from celery.exceptions import Ignore
+from celery.utils.log import get_logger
+
+from producers.contract import (
+    QUEUE_JOBS,
+    QUEUE_LOOKS,
+    QUEUE_TRIGGERS,
+    VERSION,
+    Asked,
+    TriggerRequest,
+)
+from producers.errors import (
+    AirflowUnavailable,
+    CredentialsRefused,
+    DagrelayError,
+    FanOutBroken,
+    InvalidRequest,
+    RequestCancelled,
+)
+from producers.stores.fan_outs import (
+    ASKED_BY,
+    FAN_OUT,
+    FAN_OUT_END,
+    TRIGGER_CHUNK,
+    WATCH_FAN_OUT,
+    FanOuts,
+    FanOutState,
+    chunk_id,
+    group_id,
+    launcher_id,
+    then_id,
+)
+from producers.stores.holds import Holds
+from producers.stores.waits import PARKED
+
+from .airflow.answers import TokenRefused, as_dag_run
+from .airflow.client import ApiModule
+from .airflow.clients import airflow_client
+from .airflow.connections import AirflowConnection
+from .app import RelayTask, app, backend, records, said, store_client, waits
+from .http import HttpRequest, HttpResponse, NoAnswer, reset_after_fork
+from .http_many import ManySender, in_loop
+from .redis_transport.channel import gathered
+from .redis_transport.keys import Keys
+from .settings import settings
+from .trigger import NEWER_RETRY_S, note_for
+from .waiting import wait
+
+log = get_logger("dagrelay.fan_out")
+
+CHUNK_BUDGET_S: Final = 240.0
+"""After this long a chunk begins no more requests: the rest leaves it. A task that runs for 15 minutes ends
+its process, and an Airflow that takes seconds for each trigger is no case for a batch."""
+
+LOOK_AGAIN_S: Final = 30 * 86_400.0
+"""A chunk that waits comes back in any case after this long, to see for itself."""
+
+
+class FanOutTask(RelayTask):
+    """What belongs to a fan-out; its messages hold its id and no conf."""
+
+    abstract = True
+
+    def shown(self, args: Any, kwargs: Any, task_id: str) -> str:
+        """Return which fan-out, and which part of it."""
+        if not isinstance(kwargs, dict):
+            return ""
+        shown = {name: kwargs[name] for name in ("fan_out_id", "index") if name in kwargs}
+        return ", ".join(f"{name}={str(value)[:100]}" for name, value in shown.items())
+
+
+def fan_outs() -> FanOuts:
+    """Return the fan-outs in the worker's Redis."""
+    return FanOuts(store_client())
+
+
+@app.task(name=FAN_OUT, bind=True, base=FanOutTask, ignore_result=True, recorded=False)
+def fan_out(self: Any, /, *, fan_out_id: str, **message: Any) -> None:
+    """Launch the chord, once."""
+    _raise_if_newer(self, message)
+    state = fan_outs().get(fan_out_id)
+    if state is None or state.launched:
+        return
+    with gathered() as messages:
+        launch(fan_out_id, state)
+    if fan_outs().send_once(fan_out_id, "launched", messages):
+        log.info("fan-out launched id=%s requests=%d chunks=%d", fan_out_id, state.total, state.chunks)
+
+
+def launch(fan_out_id: str, state: FanOutState) -> None:
+    """Publish the chord, whose ids are all made from its own."""
+    end = fan_out_end.s(fan_out_id=fan_out_id).set(task_id=fan_out_id, queue=QUEUE_TRIGGERS)
+    if not state.chunks:
+        end.apply_async(([],))
+        return
+    header = [
+        trigger_chunk.si(fan_out_id=fan_out_id, index=index).set(
+            task_id=chunk_id(fan_out_id, index), queue=QUEUE_TRIGGERS
+        )
+        for index in range(state.chunks)
+    ]
+    chord(group(header, task_id=group_id(fan_out_id)), end).apply_async(task_id=fan_out_id)
+
+
+@app.task(name=TRIGGER_CHUNK, bind=True, base=FanOutTask)
+def trigger_chunk(self: Any, /, *, fan_out_id: str, index: int, **message: Any) -> None:
+    """Start the triggers of one chunk; delivered again, it goes on with those that were not begun."""
+    _raise_if_newer(self, message)
+    store = fan_outs()
+    again = bool((self.request.delivery_info or {}).get("redelivered"))
+    while True:
+        begun = store.begin(fan_out_id, index)
+        if begun is None:  # it has ended; or what was lost with its requests is found by the watch
+            return
+        fresh = [(task_id, envelope) for task_id, envelope, letter in begun.items if letter == "f"]
+        for task_id in [task_id for task_id, _, letter in begun.items if letter == "c"]:
+            found = records().get(task_id)
+            end_cancelled(task_id, ASKED_BY + ((found and found.cancel_by) or "hand"))
+        if begun.stopped:
+            for task_id, _ in fresh:
+                end_cancelled(task_id, begun.stopped)
+            fresh = []
+        # With on_error="stop" only as many are begun as can be in flight, and their ends are waited for.
+        some = fresh[: _side_by_side(fresh)] if begun.on_error == "stop" else fresh
+        if some:
+            start_some(store, fan_out_id, index, some, again=again)
+        outside = store.close(fan_out_id, index, all_begun=len(some) == len(fresh))
+        if outside:
+            raise wait(
+                self,
+                until=time.time() + LOOK_AGAIN_S,
+                what=f"{outside} requests of fan-out {fan_out_id}",
+            )
+        if len(some) == len(fresh):
+            return
+
+
+@app.task(name=FAN_OUT_END, bind=True, base=FanOutTask)
+def fan_out_end(self: Any, /, parts: Any = None, *, fan_out_id: str, **message: Any) -> list[dict[str, Any]]:
+    """Return all outcomes in order, after the callback was sent; delivered again, it is not sent again."""
+    _raise_if_newer(self, message)
+    known = records().get(fan_out_id)
+    if known is None or known.ended:
+        raise Ignore
+    store = fan_outs()
+    state = store.get(fan_out_id)
+    if state is None:
+        raise FanOutBroken(fan_out_id, _size_of(known.progress), "its bookkeeping is gone")
+    outcomes = [found for found in store.outcomes(fan_out_id, state.total) if found is not None]
+    if len(outcomes) < state.total:
+        raise FanOutBroken(fan_out_id, state.total - len(outcomes), "a part of its bookkeeping is gone")
+    waits().learn(fan_out_id, progress=_told(state))
+    if state.then is not None:
+        with gathered() as messages:
+            callback: Any = maybe_signature(state.then, app=app)
+            callback.apply_async((outcomes,), task_id=callback.options.get("task_id") or then_id(fan_out_id))
+        store.send_once(fan_out_id, "then_sent", messages)
+    log.info("fan-out ended id=%s %s", fan_out_id, _told(state))
+    return outcomes
+
+
+def _told(state: FanOutState) -> str:
+    done = state.ended - state.failed - state.cancelled
+    return f"{state.ended} of {state.total}: {done} done, {state.failed} failed, {state.cancelled} cancelled"
+
+
+def _size_of(progress: str | None) -> int:
+    found = re.match(r"\d+ of (\d+)", progress or "")
+    return int(found[1]) if found else 0
+
+
+def _raise_if_newer(task: Any, message: Mapping[str, Any]) -> None:
+    version = message.get("v", VERSION)
+    if isinstance(version, int) and version > VERSION:
+        raise task.retry(countdown=NEWER_RETRY_S)
+
+
+# The requests of a chunk
+
+
+@dataclass(slots=True)
+class _Job:
+    """One request on its way: what is posted, and what came of it."""
+
+    task_id: str
+    envelope: dict[str, Any]
+    request: TriggerRequest
+    run_id: str
+    post: HttpRequest
+    answer: HttpResponse | NoAnswer | None = None
+    """None: it was not sent."""
+
+
+@dataclass(slots=True)
+class _Left:
+    """One request that leaves its chunk, with what is known of it."""
+
+    task_id: str
+    envelope: dict[str, Any]
+    reason: str = ""
+    unsure: bool = False
+    run: dict[str, Any] | None = None
+
+
+class _Line:
+    """The way to one Airflow for all chunks of this process: so many requests in flight, in their order."""
+
+    def __init__(self, connection: AirflowConnection) -> None:
+        verify = connection.ca_file if connection.verify and connection.ca_file else connection.verify
+        self._in_flight = connection.max_in_flight
+        self._sender = ManySender(
+            connection.base_url,
+            connect_timeout_s=connection.connect_timeout_s,
+            read_timeout_s=connection.read_timeout_s,
+            verify=verify,
+            in_flight=connection.max_in_flight,
+        )
+        self.after_fork()
+        reset_after_fork(self)
+
+    def after_fork(self) -> None:
+        self._turns: asyncio.Semaphore | None = None
+
+    async def send_all(self, jobs: Sequence[_Job]) -> None:
+        """Send all of them, and note the answers. What has not had its turn within the budget is not sent."""
+        if self._turns is None:
+            self._turns = asyncio.Semaphore(self._in_flight)
+        until = asyncio.get_running_loop().time() + CHUNK_BUDGET_S
+        await asyncio.gather(*(self._send(job, self._turns, until) for job in jobs))
+
+    async def _send(self, job: _Job, turns: asyncio.Semaphore, until: float) -> None:
+        async with turns:
+            if asyncio.get_running_loop().time() > until:
+                return
+            try:
+                job.answer = await self._sender.send(job.post)
+            except NoAnswer as exc:
+                job.answer = exc
+
+
+_lines: dict[str, _Line] = {}
+_lock = threading.Lock()
+
+
+def _line(connection: AirflowConnection) -> _Line:
+    found = _lines.get(connection.id)
+    if found is None:
+        with _lock:
+            found = _lines.setdefault(connection.id, _Line(connection))
+    return found
+
+
+def _side_by_side(items: Sequence[tuple[str, dict[str, Any]]]) -> int:
+    """Return how many requests to begin at once where each failure counts before the next."""
+    limits = [connection.max_in_flight for connection in settings().connections.values()]
+    return min([len(items), *limits])
+
+
+def start_some(
+    store: FanOuts, fan_out_id: str, index: int, items: Sequence[tuple[str, dict[str, Any]]], *, again: bool
+) -> None:
+    """Post these requests side by side; end those that were made, and have the others leave the chunk.
+
+    `again`: an earlier worker may have posted them.
+    """
+    made: list[tuple[str, str]] = []
+    left: list[_Left] = []
+    for api, connection, jobs in _prepared(items, left):
+        in_loop(_line(connection).send_all(jobs)).result()
+        for job in jobs:
+            _read(api, connection, job, made, left)
+    for one in left:
+        if (one.unsure or again) and one.run is None:
+            records().attempt_failed(one.task_id, one.reason or "its chunk was interrupted", unsure=True)
+    if left:
+        store.leave(fan_out_id, index, QUEUE_TRIGGERS, [(one.task_id, _message(one)) for one in left])
+        stopped = store.stopped(fan_out_id)
+        if stopped.startswith(ASKED_BY):  # meanwhile
+            waits().cancel_many([one.task_id for one in left], by=stopped.removeprefix(ASKED_BY))
+    if made:
+        store.end_items(made, result_ttl_s=settings().result_ttl_s, date_done=app.now().isoformat())
+    log.info("chunk begun fan_out=%s index=%d started=%d left=%d", fan_out_id, index, len(made), len(left))
+
+
+def _prepared(
+    items: Sequence[tuple[str, dict[str, Any]]], left: list[_Left]
+) -> Iterator[tuple[ApiModule, AirflowConnection, list[_Job]]]:
+    """Yield what can be posted, by connection; what cannot leaves."""
+    by_connection: dict[str, list[tuple[str, dict[str, Any], TriggerRequest, Any]]] = {}
+    for task_id, envelope in items:
+        fields = json.loads(envelope["body"])[1]
+        try:
+            request = TriggerRequest.from_message(fields)
+        except (InvalidRequest, TypeError):
+            request = None
+        if request is None or fields.get("v", VERSION) > VERSION:
+            left.append(_Left(task_id, envelope))  # trigger_dag says what is wrong
+            continue
+        by_connection.setdefault(request.connection, []).append(
+            (task_id, envelope, request, fields.get("asked"))
+        )
+    for name, wanted in by_connection.items():
+        connection = settings().connections.get(name)
+        known = None if connection is None else _authorised(connection)
+        if connection is None or known is None:
+            left += [_Left(task_id, envelope) for task_id, envelope, *_ in wanted]
+            continue
+        api, headers = known
+        now, jobs = time.time(), []
+        for task_id, envelope, request, asked in wanted:
+            run_id = request.run_id_for(task_id)
+            try:
+                note = note_for(request, task_id, Asked.from_message(asked, otherwise_at=now))
+                post = api.create_run(request, run_id, note)
+            except DagrelayError:
+                left.append(_Left(task_id, envelope))
+                continue
+            post = HttpRequest(post.method, post.path, {**post.headers, **headers}, post.body, post.timeout_s)
+            jobs.append(_Job(task_id, envelope, request, run_id, post))
+        yield api, connection, jobs
+
+
+def _authorised(connection: AirflowConnection) -> tuple[ApiModule, Mapping[str, str]] | None:
+    """Return how this Airflow is spoken to; None where nobody may ask it now, or it cannot be found out."""
+    if Holds(store_client()).held(connection.id, connection.fingerprint()):
+        return None
+    try:
+        return airflow_client(connection).authorised()
+    except (AirflowUnavailable, CredentialsRefused):
+        return None
+
+
+def _read(
+    api: ApiModule, connection: AirflowConnection, job: _Job, made: list[tuple[str, str]], left: list[_Left]
+) -> None:
+    """Decide about one answer: a run that was made, or a request that leaves."""
+    if job.answer is None:
+        left.append(_Left(job.task_id, job.envelope))
+        return
+    if isinstance(job.answer, NoAnswer):
+        left.append(_Left(job.task_id, job.envelope, str(job.answer), unsure=job.answer.reached))
+        return
+    try:
+        view = api.read_created(job.answer, job.request, job.run_id)
+    except AirflowUnavailable as exc:
+        left.append(_Left(job.task_id, job.envelope, str(exc), unsure=exc.unsure))
+        return
+    except TokenRefused:
+        left.append(_Left(job.task_id, job.envelope))
+        return
+    except Exception as exc:  # noqa: BLE001 - whatever it is, trigger_dag meets it again and decides
+        left.append(_Left(job.task_id, job.envelope, said(exc)))
+        return
+    run = as_dag_run(view, connection, created=True).to_message()
+    if job.request.wait:
+        left.append(_Left(job.task_id, job.envelope, run=run))
+    else:
+        made.append((job.task_id, _as_json(run)))
+
+
+_as_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def _message(one: _Left) -> bytes:
+    """Return a request's own message, as it was accepted; with the run that exists for it already."""
+    if one.run is not None:
+        positional, fields, follow_up = json.loads(one.envelope["body"])
+        fields["so_far"] = {"run": one.run}
+        one.envelope["body"] = _as_json([positional, fields, follow_up])
+    return _as_json(one.envelope).encode()
+
+
+def end_cancelled(task_id: str, why: str) -> None:
+    """End a request that is not begun any more, as cancelled."""
+    backend().end(task_id, states.REVOKED, RequestCancelled(why))
+
+
+# The watch
+
+
+@app.task(name=WATCH_FAN_OUT, bind=True, base=FanOutTask, ignore_result=True, recorded=False)
+def watch_fan_out(
+    self: Any, /, *, fan_out_id: str, seen: str = "", lost: Sequence[str] = (), **message: Any
+) -> None:
+    """Look at a fan-out every minute: where nothing has moved, whether all of its parts are still there.
+
+    A part that is nowhere in two looks in a row is lost (in one look it may be on its way from one place to
+    another): then the fan-out ends as FanOutBroken, and so does what was lost.
+    """
+    known = records().get(fan_out_id)
+    if known is None or known.ended:
+        return
+    store = fan_outs()
+    state = store.get(fan_out_id)
+    if state is None:
+        _break(fan_out_id, _size_of(known.progress), [], "its bookkeeping is gone")
+        return
+    now = f"{state.ended} {int(state.launched)}"
+    missing: list[str] = []
+    if now == seen:
+        wanted = _parts(store, fan_out_id, state)
+        missing = sorted(wanted.keys() - found_among(wanted.keys()))
+        gone = [part for part in missing if part in lost]
+        if gone == [
+            fan_out_id
+        ]:  # all have ended, and only the body is missing: a chord's part was not counted
+            log.warning("fan-out has no body any more, it gets one id=%s", fan_out_id)
+            fan_out_end.apply_async(
+                kwargs={"fan_out_id": fan_out_id}, task_id=fan_out_id, queue=QUEUE_TRIGGERS
+            )
+        elif gone:
+            requests = [task_id for part in gone for task_id in wanted[part]]
+            words = f"{len(gone)} of its messages are nowhere in Redis, among them {gone[0]}"
+            _break(fan_out_id, state.total - state.ended, requests, words)
+            return
+    raise self.retry(
+        countdown=settings().fan_out_watch_s,
+        kwargs={"fan_out_id": fan_out_id, "seen": now, "lost": missing[:1000]},
+    )
+
+
+def _parts(store: FanOuts, fan_out_id: str, state: FanOutState) -> dict[str, list[str]]:
+    """Return the messages that must be somewhere, each with the requests that are lost with it."""
+    chunks = store.open_chunks(fan_out_id)
+    if not state.launched:
+        return {launcher_id(fan_out_id): [task_id for ids in chunks.values() for task_id in ids]}
+    parts: dict[str, list[str]] = {}
+    for index, ids in chunks.items():
+        unended = store.unended(ids)
+        parts[chunk_id(fan_out_id, index)] = [task_id for task_id, outside in unended.items() if not outside]
+        parts |= {task_id: [task_id] for task_id, outside in unended.items() if outside}
+    if not parts:
+        parts[fan_out_id] = []
+    return parts
+
+
+def _break(fan_out_id: str, missing: int, requests: Sequence[str], reason: str) -> None:
+    """End a fan-out that can never complete, and what was lost with it."""
+    broken = FanOutBroken(fan_out_id, missing, reason)
+    log.error("fan-out broken id=%s: %s", fan_out_id, broken)
+    open_ones = fan_outs().unended(requests)
+    backend().end(fan_out_id, states.FAILURE, broken)
+    for task_id in open_ones:
+        backend().end(task_id, states.FAILURE, broken)
+
+
+_ID = re.compile(rb'"id": ?"([^"\\]{1,200})"')
+
+
+def found_among(task_ids: Any) -> set[str]:
+    """Return those of these tasks that have a message somewhere: parked, queued, in a hand, held, put aside.
+
+    It reads all that lies there, and is for a fan-out which does not get on. Places are read in the order in
+    which a message goes through them, so that one on its way is not missed, and what is parked once more.
+    """
+    wanted = set(task_ids)
+    found = _parked(wanted)
+    if found == wanted:
+        return found
+    client, keys = store_client(), Keys(namespace="dagrelay")
+    for queue in (QUEUE_TRIGGERS, QUEUE_LOOKS, QUEUE_JOBS):
+        for priority in (0, 3, 6, 9):
+            found |= _in_list(client, keys.queue(queue, priority)) & wanted
+    for name in client.scan_iter(match=f"{keys.hand_prefix}*", count=1000):
+        found |= _in_list(client, name) & wanted
+    for pattern in (f"{keys.held_prefix}*", "dagrelay:unacked"):
+        for name in client.scan_iter(match=pattern, count=1000):
+            for _, value in client.hscan_iter(name, count=200):
+                found |= _ids(value) & wanted
+    for one in _quarantined(client, keys):
+        found |= _ids(one) & wanted
+    return found | _parked(wanted - found)
+
+
+def _parked(task_ids: set[str]) -> set[str]:
+    some = sorted(task_ids)
+    client, found = store_client(), set()
+    for start in range(0, len(some), 1000):
+        page = some[start : start + 1000]
+        with client.pipeline(transaction=False) as pipe:
+            for task_id in page:
+                pipe.hexists(PARKED, task_id)
+            found |= {task_id for task_id, there in zip(page, pipe.execute(), strict=True) if there}
+    return found
+
+
+def _in_list(client: Any, name: Any) -> set[str]:
+    """Return the ids in a list, read from its head: what is pushed meanwhile moves the rest on."""
+    found: set[str] = set()
+    start = 0
+    while page := client.lrange(name, start, start + 199):
+        for value in page:
+            found |= _ids(value)
+        start += 200
+    return found
+
+
+def _quarantined(client: Any, keys: Keys) -> Iterator[bytes]:
+    from .redis_transport.lot import Lot
+
+    for one in Lot(client, keys).quarantined():
+        yield one.message
+
+
+def _ids(value: bytes) -> set[str]:
+    return {found.decode(errors="replace") for found in _ID.findall(value)}
