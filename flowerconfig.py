@@ -109,14 +109,15 @@ def format_task(task: Any) -> Any:
     """Called by Flower with a copy of what a page is to show."""
     if task.state.startswith("WAITING"):
         task.state = WaitingState(task.state)
-        task.progress = task.progress or None
-    else:
-        task.progress = None  # it ran on, or has ended
+        task.progress_at_last_change = task.progress or None
+    task.progress = None
     return task
 
 
-# What a waiting task says of the outside job (`tasks.waiting.show_waiting`): a row of a task's page.
+# What a waiting task says of the outside job (`tasks.waiting.show_waiting`), and the row of its page. It says
+# so when the job's state changes, and not when its progress does: `dagrelay status` has the newest.
 _shown: Any = Task
-if "progress" not in _shown._fields:
-    _shown.progress = None
-    _shown._fields = (*_shown._fields, "progress")
+for _name in ("progress", "progress_at_last_change"):
+    if _name not in _shown._fields:
+        setattr(_shown, _name, None)
+        _shown._fields = (*_shown._fields, _name)

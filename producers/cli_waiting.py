@@ -262,7 +262,8 @@ def timeline(found: Record, told_of_it: list[tuple[float, str]]) -> list[tuple[f
 def _end(found: Record) -> str:
     if found.state == "done" and found.run is not None:
         return f"done: run {found.run.get('dag_run_id')} is {found.run.get('state')}"
-    because = f": {found.reason}" if found.reason else ""
+    words = found.reason or (found.seen if found.state == "done" else "")
+    because = f": {words}" if words else ""
     error = f" ({found.error})" if found.error else ""
     return f"{found.state}{error}{because}"
 

@@ -14,9 +14,11 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from celery import Celery
@@ -24,10 +26,12 @@ from redis import Redis
 
 from local.process import ROOT, Process, clean_env, free_port
 from local.valkey import Valkey
-from producers import AirflowError, RelayClient, TriggerRequest
+from producers import AirflowError, JobOutcome, PollRequest, RelayClient, RequestCancelled, TriggerRequest
+from producers.handle import Handle
 from producers.settings import ProducerSettings
 from tests import browser
 from tests.fake_airflow import FakeAirflow
+from tests.fake_service import FakeService
 from tests.parts import need
 from tests.worker import Worker
 
@@ -37,8 +41,12 @@ START_TIMEOUT_S = 60.0
 # Each its own, so that a leak says what leaked.
 CONF_VALUE, REDIS_PASSWORD = "kanarienvogel-conf-7f3a", "kanarienvogel-redis-9e0d"
 AIRFLOW_PASSWORD, AIRFLOW_TOKEN = "kanarienvogel-airflow-2b77", "kanarienvogel-token-51c2"
+SERVICE_TOKEN, BODY_VALUE = "kanarienvogel-service-8d1c", "kanarienvogel-body-4a0b"
 FLOWER_PASSWORD = "kanarienvogel,flower:b64 4"  # with what Flower, a login and a shell might split
-SECRETS = (CONF_VALUE, REDIS_PASSWORD, AIRFLOW_PASSWORD, AIRFLOW_TOKEN, FLOWER_PASSWORD)
+SECRETS = (
+    *(CONF_VALUE, REDIS_PASSWORD, AIRFLOW_PASSWORD, AIRFLOW_TOKEN, FLOWER_PASSWORD),
+    *(SERVICE_TOKEN, BODY_VALUE),
+)
 DAG_ID, KEY = "daily_sales", "sales-2026-11-20"
 REJECTED_DAG_ID = "picky"
 LOGIN = f"dagrelay:{FLOWER_PASSWORD}"
@@ -50,10 +58,41 @@ class Stack:
 
     flower: Process
     worker: Worker
+    service: FakeService
     url: str
     redis_url: str
     task_id: str
     task_ids: list[str]
+
+    @property
+    def client(self) -> RelayClient:
+        return RelayClient(ProducerSettings(redis_url=self.redis_url, client_name="test-flower"))
+
+    def shows(self, path: str, *words: str) -> None:
+        """Wait until a page shows these words."""
+        self.flower.wait_until(
+            lambda: all(word in self.get(path)[1] for word in words),
+            timeout_s=START_TIMEOUT_S,
+            what=f"showing {words} on {path}",
+            every_s=0.1,
+        )
+
+    def shows_state(self, task_id: str, state: str) -> dict[str, Any]:
+        """Wait until Flower has a task in this state; return what it has."""
+        path = f"/api/task/info/{task_id}"
+        self.shows(path, f'"state": "{state}"')
+        found: dict[str, Any] = json.loads(self.get(path)[1])
+        return found
+
+    def events(self) -> dict[str, float]:
+        """How many events Flower has counted so far about each kind of task."""
+        counted: Counter[str] = Counter()
+        for line in self.get("/metrics")[1].splitlines():
+            if line.startswith("flower_events_total{"):
+                labels, _, count = line.rpartition(" ")
+                found = re.search(r'[{,]task="([^"]*)"', labels)
+                counted[found.group(1) if found else ""] += float(count)
+        return counted
 
     def get(self, path: str, login: str | None = LOGIN, method: str = "GET") -> tuple[int, str]:
         """Return status and body, 4xx and 5xx included; redirects are not followed."""
@@ -90,12 +129,15 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     secret.write_text(FLOWER_PASSWORD)
     airflow = FakeAirflow()
     airflow.password, airflow.token = AIRFLOW_PASSWORD, AIRFLOW_TOKEN
-    with airflow, Valkey() as valkey:
+    service = FakeService()
+    service.token = SERVICE_TOKEN
+    with airflow, service, Valkey() as valkey:
         Redis.from_url(valkey.url).config_set("requirepass", REDIS_PASSWORD)
         redis_url = valkey.url.replace("redis://", f"redis://:{REDIS_PASSWORD}@")
         connections = {"default": airflow.conn_uri}
         # Named as Celery names one by itself, and as the health check expects it.
-        with Worker(redis_url, folder, name="celery", connections=connections) as worker:
+        env = {"DAGRELAY_SERVICE_TRAIN": service.variable}
+        with Worker(redis_url, folder, name="celery", connections=connections, **env) as worker:
             port = free_port()
             url = f"http://127.0.0.1:{port}"
             flower = Process(
@@ -111,30 +153,21 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
             )
             try:
                 flower.wait_until(lambda: up(url), timeout_s=START_TIMEOUT_S, what="answering")
-                yield used(Stack(flower, worker, url, redis_url, "", []), airflow)
+                yield used(Stack(flower, worker, service, url, redis_url, "", []), airflow)
             finally:
                 flower.stop()
 
 
 def used(stack: Stack, airflow: FakeAirflow) -> Stack:
     """Send a few requests and return the stack when Flower shows how they ended."""
-
-    def shows(path: str, *words: str) -> None:
-        stack.flower.wait_until(
-            lambda: all(word in stack.get(path)[1] for word in words),
-            timeout_s=START_TIMEOUT_S,
-            what=f"showing {words} on {path}",
-            every_s=0.2,
-        )
-
     # Events come by Pub/Sub, which keeps nothing: first hear the worker, then send.
-    shows("/metrics", "flower_worker_online{")
-    shows("/api/workers?refresh=1", "celery@")
+    stack.shows("/metrics", "flower_worker_online{")
+    stack.shows("/api/workers?refresh=1", "celery@")
     conf = {"password": CONF_VALUE}
     airflow.fault = lambda number, dag_id, run_id: "503" if number == 1 else "answer"
     echo = [{"type": "missing", "loc": ["body", "conf"], "msg": "Field required", "input": conf}]
     airflow.rejecting[REJECTED_DAG_ID] = (422, {"detail": echo})
-    client = RelayClient(ProducerSettings(redis_url=stack.redis_url, client_name="test-flower"))
+    client = stack.client
     done = client.enqueue(TriggerRequest(DAG_ID, conf, key=KEY, note=CONF_VALUE))
     done.get(timeout=START_TIMEOUT_S)
     assert airflow.posts[DAG_ID, f"relay__{KEY}"] == 2
@@ -149,7 +182,7 @@ def used(stack: Stack, airflow: FakeAirflow) -> Stack:
     ]
     stack.task_id, stack.task_ids = done.id, [done.id, rejected.id, *stock_ids]
     for task_id, state in zip(stack.task_ids, ("SUCCESS", "FAILURE", "SUCCESS", "FAILURE"), strict=True):
-        shows(f"/api/task/info/{task_id}", f'"state": "{state}"')
+        stack.shows_state(task_id, state)
     return stack
 
 
@@ -299,6 +332,79 @@ def test_the_health_check_of_flower_asks_flower(stack):
     assert status(str(free_port())) != 0
 
 
+def follow(stack: Stack, name: str) -> Handle[JobOutcome]:
+    """Have a job started and followed."""
+    job = PollRequest(
+        service="train",
+        submit={"path": "/jobs", "body": {"name": name, "secret": BODY_VALUE}},
+        path="/jobs/{job_id}",
+        progress="progress",
+        reason="why",
+        interval_s=0.05,
+        max_interval_s=0.1,
+        on_cancel={"method": "DELETE", "path": "/jobs/{job_id}"},
+    )
+    handle = stack.client.enqueue(job)
+    stack.shows_state(handle.id, "WAITING-RUNNING")
+    return handle
+
+
+def job_of(handle: Handle[JobOutcome]) -> str:
+    found = handle.record()
+    assert found is not None
+    assert found.job_id is not None
+    return found.job_id
+
+
+def test_a_waiting_task_shows_the_states_of_its_job_and_nothing_for_looks_that_see_nothing_new(stack):
+    handle = follow(stack, "long")
+    job_id = job_of(handle)
+    before, looked = stack.events(), stack.service.looks[job_id]
+    stack.worker.process.wait_until(
+        lambda: stack.service.looks[job_id] >= looked + 25, timeout_s=20, what="looking", every_s=0.05
+    )
+
+    stack.service.jobs[job_id] |= {"state": "Cleaning up!", "progress": "80 %"}
+    shown = stack.shows_state(handle.id, "WAITING-CLEANING_UP")
+
+    assert shown["progress"] == "80 %"
+    assert shown["name"] == "tasks.poll_external_job"
+    assert "train" in shown["kwargs"]
+    # Events come in order: had the looks before sent any, they would be counted.
+    assert stack.events() - before == Counter({"tasks.poll_external_job": 1})
+    stack.service.end(job_id)
+    handle.get(timeout=20)
+    stack.shows_state(handle.id, "SUCCESS")
+    assert not [name for name in stack.events() if "look" in name]
+
+
+def test_a_waiting_task_whose_job_fails_is_shown_as_failed(stack):
+    handle = follow(stack, "bad")
+    stack.service.end(job_of(handle), "failed", why="no such rail")
+    shown = stack.shows_state(handle.id, "FAILURE")
+    assert "no such rail" in shown["exception"]
+
+
+def test_a_waiting_task_is_revoked_by_flowers_api_and_shown_as_revoked(stack):
+    handle = follow(stack, "unwanted")
+    job_id = job_of(handle)
+
+    assert stack.get(f"/api/task/revoke/{handle.id}", method="POST")[0] == 200
+
+    with pytest.raises(RequestCancelled):
+        handle.get(timeout=10)
+    stack.shows_state(handle.id, "REVOKED")
+    stack.worker.process.wait_until(
+        lambda: job_id in stack.service.cancels, timeout_s=10, what="telling the service", every_s=0.05
+    )
+
+
+def test_a_waiting_task_that_is_cancelled_is_shown_as_revoked(stack):
+    handle = follow(stack, "unwanted too")
+    assert handle.cancel() == "waiting"
+    stack.shows_state(handle.id, "REVOKED")
+
+
 def test_in_a_browser_the_task_can_be_read_and_its_conf_cannot(stack):
     chromium = browser.find()
     need("a browser (Chromium)", chromium is not None, browser.HOW_TO_GET_IT)
@@ -330,3 +436,40 @@ def test_in_a_browser_the_task_can_be_read_and_its_conf_cannot(stack):
             program.close()
     assert not failed
     assert not [url for url in elsewhere if not url.startswith(("data:", "blob:"))]
+
+
+def test_in_a_browser_a_waiting_task_says_what_its_job_does_and_can_be_revoked(stack):
+    chromium = browser.find()
+    need("a browser (Chromium)", chromium is not None, browser.HOW_TO_GET_IT)
+    assert chromium
+    from playwright.sync_api import sync_playwright
+
+    handle = follow(stack, "seen by people")
+    stack.service.jobs[job_of(handle)] |= {"state": "baking", "progress": "2 of 5 loaves"}
+    stack.shows_state(handle.id, "WAITING-BAKING")
+    user, _, password = LOGIN.partition(":")
+    failed: list[str] = []
+    with sync_playwright() as playwright:
+        program = playwright.chromium.launch(executable_path=chromium.path, env=clean_env(**chromium.env))
+        try:
+            page = program.new_page(http_credentials={"username": user, "password": password})
+            page.on("pageerror", lambda error: failed.append(str(error)))
+            page.goto(f"{stack.url}/tasks")
+            row = page.locator("#tasks-table tbody tr", has_text="WAITING-BAKING")
+            row.first.wait_for(timeout=20_000)
+            assert row.count() == 1
+            assert "train" in row.inner_text()
+            page.goto(f"{stack.url}/task/{handle.id}")
+            page.get_by_text("WAITING-BAKING").first.wait_for(timeout=20_000)
+            text = page.inner_text("#task-page")
+            assert "2 of 5 loaves" in text
+            assert not [secret for secret in SECRETS if secret in page.content()]
+            page.click("#task-revoke")
+            stack.shows_state(handle.id, "REVOKED")
+            page.reload()
+            page.get_by_text("REVOKED").first.wait_for(timeout=20_000)
+            assert "2 of 5 loaves" not in page.inner_text("#task-page")
+        finally:
+            program.close()
+    assert not failed
+    assert handle.state == "cancelled"
