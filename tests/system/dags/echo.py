@@ -1,4 +1,7 @@
-"""Says what conf reached its task: whole while it is small, and always its size and digest."""
+"""Says what conf reached its task: whole while it is small, and always its size and digest.
+
+With {"fail": true} in its conf it fails.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,8 @@ def echo() -> None:
     @task
     def say() -> dict[str, Any]:
         conf = get_current_context()["dag_run"].conf or {}
+        if conf.get("fail"):
+            raise ValueError("as the conf says")
         text = json.dumps(conf, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
         digest = hashlib.sha256(text).hexdigest()
         return {"conf": conf if len(text) < 2000 else None, "bytes": len(text), "sha256": digest}
