@@ -241,11 +241,11 @@ def test_every_argument_of_the_poll_stub_reaches_the_request():
     ],
 )
 def test_a_wrong_poll_is_told_at_the_call_and_nothing_is_sent(used_here, call, kwargs, words):
+    args = (("train",), kwargs) if call == "apply_async" else ("train",)
+    kwargs = {} if call == "apply_async" else kwargs
+
     with pytest.raises(InvalidRequest) as caught:
-        if call == "apply_async":
-            poll_external_job.apply_async(("train",), kwargs)
-        else:
-            finish(getattr(poll_external_job, call)("train", **kwargs))
+        finish(getattr(poll_external_job, call)(*args, **kwargs))
 
     assert words in str(caught.value)
     assert CANARY not in str(caught.value)
