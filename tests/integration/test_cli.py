@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,28 @@ def test_whoever_waits_is_told_why_there_is_no_run(dagrelay, worker, airflow, op
     assert told.returncode == FAILED
     assert "RequestRejected" in told.stderr
     assert "a param is missing" in told.stderr
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "words"), [("success", OK, '"state": "success"'), ("failed", FAILED, "DagRunFailed")]
+)
+def test_wait_ends_as_the_run_does(dagrelay, relay, worker, airflow, state, code, words):
+    with ThreadPoolExecutor(1) as pool:
+        told = pool.submit(dagrelay, "trigger", "daily_sales", "--key", state, "--wait", "--timeout", "30")
+        (waiting,) = until(lambda: list(relay.waits.parked()))
+        shown = dagrelay("parked", "--connection", "default")
+        airflow.runs["daily_sales", f"relay__{state}"]["state"] = state
+        told = told.result()
+
+    assert told.returncode == code
+    assert words in told.stdout + told.stderr
+    assert told.stdout.splitlines()[0] == waiting.task_id
+    assert f"run relay__{state} of DAG daily_sales" in shown.stdout
+    assert waiting.task_id in shown.stdout
+    assert [line.partition(":")[0] for line in history(dagrelay("status", waiting.task_id))][-1] in (
+        "done",
+        "failed (DagRunFailed)",
+    )
 
 
 def test_what_is_waited_for_reaches_the_worker(dagrelay, server):
