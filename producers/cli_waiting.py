@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -241,30 +242,28 @@ def timeline(found: Record, told_of_it: list[tuple[float, str]]) -> list[tuple[f
     known: list[tuple[float | None, int, str]] = [
         (found.accepted_at, 0, "accepted" + (f", asked by {found.by}" if found.by else "")),
         (found.submitting_at, 2, "submission begins"),
-        (found.submitted_at, 2, f"submitted: job {found.job_id}"),
+        (found.submitted_at, 2, f"submitted: it is job {found.job_id}"),
         (found.waiting_since, 3, f"waits for {found.waits_for}"),
         (found.ended_at, 4, "ended, its outcome unknown" if found.corrected_at else _end(found)),
         (found.corrected_at, 5, f"corrected: {_end(found)}"),
     ]
-    if found.due_at and found.accepted_at and found.due_at - found.accepted_at > 0.1:
+    delayed = found.due_at is not None and found.due_at - (found.accepted_at or 0.0) > 0.1
+    if found.due_at is not None and delayed and found.due_at < (found.ended_at or math.inf):
         known.append((found.due_at, 0, "due"))
-    noted = {round(at, 3) for at, _ in told_of_it}
-    # A submission that was noted in the worker's own words is not told twice.
-    events = [
-        (round(at, 3), order, what)
-        for at, order, what in known
-        if at is not None and not (order == 2 and round(at, 3) in noted)
-    ]
-    events += [(round(at, 3), 1, what) for at, what in told_of_it]
+    events = [(round(at, 3), order, what) for at, order, what in known if at is not None]
+    attached = f"is job {found.job_id}"  # a worker's note of what the record says as well
+    events += [(round(at, 3), 1, what) for at, what in told_of_it if what != attached]
     return [(at, what) for at, _, what in sorted(events, key=lambda event: event[:2])]
 
 
 def _end(found: Record) -> str:
     if found.state == "done" and found.run is not None:
         return f"done: run {found.run.get('dag_run_id')} is {found.run.get('state')}"
+    if found.state == "cancelled" and found.cancel_by:
+        return "cancelled"
     words = found.reason or (found.seen if found.state == "done" else "")
     because = f": {words}" if words else ""
-    error = f" ({found.error})" if found.error else ""
+    error = f" ({found.error})" if found.error and found.state == "failed" else ""
     return f"{found.state}{error}{because}"
 
 
