@@ -436,7 +436,7 @@ def test_nothing_of_a_job_is_shown_but_its_name(start, parts, service):
 
 
 def test_a_worker_killed_while_it_submits_leaves_one_job_for_each_request(tmp_path: Path):
-    """Killed after the service has made the job and before its id is known, whether or not keys are honoured."""
+    """Killed after the service has made the job and before its id is known, with keys honoured and not."""
     with Valkey() as valkey, FakeService() as honouring, FakeService() as plain:
         plain.honours_keys = False
         honouring.fault = plain.fault = faults("hang")
