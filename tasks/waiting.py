@@ -70,6 +70,7 @@ def wait(
     successor = task.signature_from_request(
         request,
         retries=request.retries + 1,
+        expires=None,  # it says until when a task may begin, and this one has begun
         headers={"parked_wait": header},
     )
     try:

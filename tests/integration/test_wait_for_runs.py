@@ -116,6 +116,16 @@ def test_an_airflow_that_is_away_when_the_run_has_ended_is_no_failure(relay, air
     assert handle.get(timeout=20).result == 42
 
 
+def test_what_expires_before_it_begins_does_not_expire_while_it_waits(relay, airflow, worker, waits, parked):
+    handle = relay.enqueue(request(), expires=1)
+    parked(handle)
+    until(lambda: time.time() > handle.record().accepted_at + 1.1)
+
+    end(airflow, waits, handle)
+
+    assert handle.get(timeout=10).state == "success"
+
+
 def test_a_failed_run_is_told_with_its_link(relay, airflow, worker, waits, parked):
     handle = relay.enqueue(request())
     parked(handle)
