@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -108,17 +108,19 @@ def fan_out(
     checked = _checked(requests, wait=bool(wait))
     relay = relay if relay is not None else client()
     handles: list[Handle[Any]] = []
-    items: list[Item] = []
-    for request in checked:
-        accepted = relay._item(request)
-        handles.append(Handle(accepted.task_id, accepted.dag_run_id, relay))
-        items.append(Item(accepted.task_id, accepted.message, "\0".join(accepted[4:10])))
+
+    def items() -> Iterator[Item]:
+        for request in checked:
+            accepted = relay._item(request)
+            handles.append(Handle(accepted.task_id, accepted.dag_run_id, relay))
+            yield Item(accepted.task_id, accepted.message, "\0".join(accepted[4:10]))
+
     fan_out_id, by = new_task_id(), relay.settings.client_name
     dag_ids = {request.dag_id for request in checked}
     with told_as_unavailable():
         FanOuts(relay.redis).accept(
             fan_out_id,
-            items,
+            items(),
             launcher=(
                 QUEUE_TRIGGERS,
                 message_of(FAN_OUT, launcher_id(fan_out_id), QUEUE_TRIGGERS, fan_out_id, by),

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from celery import chord, group, states
+from celery import chord, states
 from celery.canvas import maybe_signature
 from celery.exceptions import Ignore
 from celery.utils.log import get_logger
@@ -126,7 +126,8 @@ def launch(fan_out_id: str, state: FanOutState) -> None:
         )
         for index in range(state.chunks)
     ]
-    chord(group(header, task_id=group_id(fan_out_id)), end).apply_async(task_id=fan_out_id)
+    # The chord's own id becomes that of its header; the one given here is the body's.
+    chord(header, end, task_id=group_id(fan_out_id)).apply_async(task_id=fan_out_id)
 
 
 @app.task(name=TRIGGER_CHUNK, bind=True, base=FanOutTask)

@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
@@ -52,7 +53,7 @@ WATCH_FAN_OUT: Final = "tasks.watch_fan_out"
 
 CHUNK_ITEMS: Final = 200
 CHUNK_BYTES: Final = 1_000_000
-AT_ONCE_BYTES: Final = 8_000_000
+AT_ONCE_BYTES: Final = 2_000_000
 """How much a call sends before it waits for Redis' answers."""
 
 FIRST_WATCH_S: Final = 60.0
@@ -333,21 +334,28 @@ class FanOuts:
         key, record = fan_out_key(fan_out_id), record_key(fan_out_id)
         requests = f"{key}:requests"
         client = self._client
-        total = chunks = size = 0
-        pipe = client.pipeline(transaction=False)
-        pipe.execute_command("SCRIPT", "LOAD", ADD_CHUNK.lua)
-        for chunk in in_chunks(items):
-            payload = b"[" + b",".join(item.message for item in chunk) + b"]"
-            flat = [text for item in chunk for text in (item.task_id, item.about)]
-            ADD_CHUNK.queue(pipe, (requests, record), (fan_out_id, chunks, payload, KEEP_S, total, *flat))
-            total += len(chunk)
-            chunks += 1
-            size += len(payload)
-            if size >= AT_ONCE_BYTES:
-                pipe.execute()
-                size = 0
-        pipe.execute_command("SCRIPT", "LOAD", ACCEPT_FAN_OUT.lua)
-        pipe.execute()
+        total = chunks = 0
+        # Redis works on some of them while the next are made: that is half of what a call takes.
+        with ThreadPoolExecutor(1) as sending:
+            pipe, size = client.pipeline(transaction=False), 0
+            sent: Future[Any] | None = None
+            for chunk in in_chunks(items):
+                if len(pipe) == 0:
+                    pipe.execute_command("SCRIPT", "LOAD", ADD_CHUNK.lua)
+                payload = b"[" + b",".join(item.message for item in chunk) + b"]"
+                flat = [text for item in chunk for text in (item.task_id, item.about)]
+                ADD_CHUNK.queue(pipe, (requests, record), (fan_out_id, chunks, payload, KEEP_S, total, *flat))
+                total += len(chunk)
+                chunks += 1
+                size += len(payload)
+                if size >= AT_ONCE_BYTES:
+                    if sent is not None:
+                        sent.result()
+                    sent = sending.submit(pipe.execute)
+                    pipe, size = client.pipeline(transaction=False), 0
+            if sent is not None:
+                sent.result()
+            pipe.execute()
         ACCEPT_FAN_OUT.run(
             client,
             (record, key, requests, PARKED, DUE, launcher[0]),
