@@ -1,8 +1,8 @@
 """500 DAG runs waited for on a real Airflow 3.3.2: how soon their ends are seen, and what that costs Airflow.
 
 Every request is `trigger_dag.delay(..., wait=True)`. An end is seen when the request has ended (`ended_at` of
-its record), and came when Airflow says that the run ended (`end_date`); both clocks are this machine's. The calls
-are counted by a proxy between the worker and Airflow.
+its record), and came when Airflow says that the run ended (`end_date`); both clocks are this machine's. The
+calls are counted by a proxy between the worker and Airflow.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def measure(folder: Path) -> dict[str, Any]:
             for handle in ended:
                 record = handle.record()
                 _, run = airflow.api("GET", f"/dags/short/dagRuns/{handle.dag_run_id}")
-                late.append((record and record.ended_at or 0.0) - at(run["end_date"]))
+                late.append((record.ended_at if record and record.ended_at else 0.0) - at(run["end_date"]))
             lists = [call.at for call in proxy.calls if call.path.endswith("/list")]
             gets = [call for call in proxy.calls if call.method == "GET" and "/dagRuns/" in call.path]
             most = max((sum(1 for other in lists if one <= other < one + 5) for one in lists), default=0)

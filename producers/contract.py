@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -437,6 +437,7 @@ def _path(value: str) -> str:
     unknown = set(re.findall(r"\{([^{}]*)\}", value)) - {"job_id", "reference"}
     if unknown or "{" in _PLACE.sub("", value) or "}" in _PLACE.sub("", value):
         raise ValueError("has a placeholder that is neither {job_id} nor {reference}")
+    _query(dict(parse_qsl(value.partition("?")[2], keep_blank_values=True)))
     return value
 
 

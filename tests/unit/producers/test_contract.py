@@ -76,6 +76,12 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("dag_id with a space", {"dag_id": f"a {CANARY}"}, "dag_id: is no DAG id"),
     ("dag_id with a slash", {"dag_id": f"../{CANARY}"}, "dag_id: is no DAG id"),
     ("dag_id with a line end", {"dag_id": f"{CANARY}\n"}, "dag_id: is no DAG id"),
+    ("dag_id that is a step of a path", {"dag_id": ".."}, "dag_id: is no DAG id"),
+    ("dag_run_id that is a step of a path", {"dag_run_id": "."}, "dag_run_id: would be refused"),
+    ("wait_timeout_s without wait", {"wait_timeout_s": 5}, "wait_timeout_s: needs wait=True"),
+    ("result_from without wait", {"result_from": "t"}, "result_from: needs wait=True"),
+    ("stop_run without wait", {"stop_run": True}, "stop_run: needs wait=True"),
+    ("wait_timeout_s of no time", {"wait": True, "wait_timeout_s": 0}, "wait_timeout_s: "),
     ("dag_id too long", {"dag_id": CANARY * 30}, "dag_id: "),
     ("conf a list", {"conf": [CANARY]}, "conf: is of type list: a conf is an object"),
     ("conf text", {"conf": CANARY}, "conf: is of type str"),
@@ -326,7 +332,7 @@ JSON_VALUES = st.recursive(
 ZONES = st.integers(-1439, 1439).map(lambda minutes: timezone(timedelta(minutes=minutes)))
 INSTANTS = st.datetimes(datetime(1900, 1, 1), datetime(2200, 1, 1), timezones=ZONES)
 REQUESTS = st.fixed_dictionaries(
-    {"dag_id": st.from_regex(r"[A-Za-z0-9_.-]{1,40}", fullmatch=True)},
+    {"dag_id": st.from_regex(r"[A-Za-z0-9_.-]{1,40}", fullmatch=True).filter(lambda text: text.strip("."))},
     optional={
         "conf": st.none() | st.dictionaries(TEXTS, JSON_VALUES, max_size=5),
         "key": KEYS,
