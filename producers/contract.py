@@ -475,7 +475,7 @@ def _query(value: dict[str, str]) -> dict[str, str]:
     for name in value:
         if _SECRETIVE.search(name):
             raise ValueError(
-                f"{name!r} looks like a credential, which belongs to the service's configuration in the worker"
+                f"{name!r} looks like a credential: those belong to the service's configuration in the worker"
             )
     return value
 
@@ -571,7 +571,7 @@ class PollRequest(_Request):
     timeout_s
         For the whole, in seconds from when it is due; then `ExternalJobOverdue`.
     max_errors
-        How many looks in a row may fail (no answer, 5xx, nonsense) before it is a failure. 429 does not count.
+        How many looks in a row may fail (no answer, 5xx, nonsense) before it is a failure; 429 is none.
     then
         The trigger of a DAG run that follows a success, as a dict of `TriggerRequest`'s fields; its conf gets
         the outcome under the key ``job``.
@@ -766,7 +766,7 @@ class DagRun:
 
 @dataclass(frozen=True, slots=True)
 class JobOutcome:
-    """How an external job ended well. `state` is the service's word; `then` the id of the trigger that follows."""
+    """How an external job ended well. `state` is the service's word, `then` the id of the trigger it led to."""
 
     service: str
     job_id: str | None
@@ -786,7 +786,7 @@ class JobOutcome:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How one request of a fan-out ended: done (with its run), failed or cancelled (with error and reason)."""
+    """How one request of a fan-out ended: done (its run), failed or cancelled (the error and its reason)."""
 
     id: str
     dag_id: str

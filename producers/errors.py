@@ -193,8 +193,8 @@ class FanOutBroken(DagrelayError):
 
     def __str__(self) -> str:
         return (
-            f"fan-out {self.fan_out_id} can never complete ({self.reason}): {self.missing} of its requests have "
-            "no outcome; send those again with the same keys"
+            f"fan-out {self.fan_out_id} can never complete ({self.reason}): {self.missing} of its requests "
+            "have no outcome; send those again with the same keys"
         )
 
 
