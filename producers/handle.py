@@ -191,6 +191,6 @@ def outcome_error(status: str, result: Any) -> DagrelayError:
         kind = str(result.get("exc_type"))
         given = result.get("exc_message")
         arguments = list(given) if isinstance(given, list | tuple) else [str(given)]
-    if status == "REVOKED" and kind != "OutcomeUnknown":  # cancelled after an answer was lost: it may exist
+    if status == "REVOKED" and kind not in ("OutcomeUnknown", "SubmitUnknown"):  # those: it may exist
         return RequestCancelled(", ".join(str(argument) for argument in arguments))
     return error_from(kind, arguments)

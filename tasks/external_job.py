@@ -58,10 +58,6 @@ log = get_logger("dagrelay.job")
 
 TELL_SERVICE: Final = "tasks.tell_service"
 
-FIND_FOR_S: Final = 60.0
-"""How long after a submission its job may appear late, before a lookup that finds nothing is believed: as
-long as a slow server may go on with a request whose client has gone."""
-
 FIND_EVERY_S: Final = 5.0
 TELL_TRIES: Final = 8
 """With growing pauses up to 20 s: about a minute."""
@@ -89,17 +85,16 @@ class PollTask(RelayTask):
 
     def on_revoked(self, request: RelayRequest) -> None:
         """Have the service told of a request that was cancelled, or expired, where a job may exist."""
-        kwargs = request.kwargs
-        if not isinstance(kwargs, dict) or not kwargs.get("on_cancel"):
-            return
         found = records().get(request.id)
         if found is None or found.ended or not (found.job_id or found.submitting_at):
             return
         try:
-            told = PollRequest.from_message(kwargs)
+            told = PollRequest.from_message(request.kwargs)
         except (InvalidRequest, TypeError):
             return
         tell_later(request.id, told, found.job_id)
+        if not found.job_id:
+            request.request_dict["unsure"] = True
 
 
 @app.task(name=POLL_EXTERNAL_JOB, bind=True, base=PollTask)
@@ -232,7 +227,7 @@ def begin_submission(job: Job) -> bool:
 def send_submission(job: Job, submit: Submit, *, unsure: bool) -> str:
     """Submit, once; return the job's id. `unsure`: an earlier attempt may have started it.
 
-    Raises ServiceUnavailable, SubmitRejected, SubmitUnknown.
+    Raises ServiceUnavailable, SubmitRejected, SubmitUnknown, ExternalJobUnreadable.
     """
     response = send(job, call_of(job.service, submit, task_id=job.task_id, idempotency_key=job.reference))
     status = response.status
@@ -244,10 +239,11 @@ def send_submission(job: Job, submit: Submit, *, unsure: bool) -> str:
             found, problem = None, str(exc)
         if found is not None:
             return found
-        words = (
-            f"job_id: {problem}, in an answer of {status}: {job_answers.shown_answer(job.service, response)}"
-        )
-        raise ServiceUnavailable(words)
+        answer = job_answers.shown_answer(job.service, response)
+        words = f"{problem}, in an answer of {status}: {answer}"
+        if not job.request.submit_once and job.record.attempts >= job.request.max_errors:
+            raise ExternalJobUnreadable(job.service.id, None, "job_id", words)
+        raise ServiceUnavailable(f"job_id: {words}")
     observed = job_answers.unavailable(job.service, response)
     refused = (400 <= status < 500 and status not in (408, 425, 429)) or status in NOT_DONE
     if status == 409 and unsure:  # our own earlier attempt, which is still being worked on
@@ -255,15 +251,20 @@ def send_submission(job: Job, submit: Submit, *, unsure: bool) -> str:
     if refused and unsure:
         raise SubmitUnknown(job.service.id, job.reference, f"after an answer was lost, {observed.words}")
     if refused:
-        raise SubmitRejected(job.service.id, status, job_answers.shown_answer(job.service, response))
+        raise SubmitRejected(job.service.id, status, words_of_refusal(job.service, response, observed))
     raise ServiceUnavailable(observed.words, observed.retry_after_s, status != 429, observed.counts)
+
+
+def words_of_refusal(service: Service, response: HttpResponse, observed: Observed) -> str:
+    """Return the service's own words, and ours where it has none, or where they would not be understood."""
+    if response.status in (401, 403) or response.status < 400:
+        return observed.words
+    return job_answers.shown_answer(service, response) or "it does not say why"
 
 
 def submit_again(job: Job, exc: ServiceUnavailable, *, unsure: bool) -> Exception:
     """Return the exception to raise after an attempt that yielded no id: a retry, or the end."""
     so_far = records().attempt_failed(job.task_id, str(exc), unsure=unsure)
-    if exc.reason.startswith("job_id: ") and so_far.count > job.request.max_errors:
-        return ExternalJobUnreadable(job.service.id, None, "job_id", exc.reason.removeprefix("job_id: "))
     wait_s = backoff_s(job.task.request.retries, exc.retry_after_s, settings().retry_cap_s)
     if so_far.age_s + wait_s < job.request.timeout_s:
         return retry(job.task, exc, wait_s)
@@ -288,7 +289,7 @@ def found_again(job: Job, why: str) -> str:
     if job_id is not None:
         return job_id
     began = (records().get(job.task_id) or job.record).submitting_at or 0.0
-    if redis_now() - began >= FIND_FOR_S:
+    if redis_now() - began >= settings().find_for_s:
         raise SubmitUnknown(job.service.id, job.reference, f"{why}, and no such job was found")
     not_yet = ServiceUnavailable(f"{why}, and the job is not found yet")
     records().attempt_failed(job.task_id, str(not_yet), unsure=True)

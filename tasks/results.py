@@ -17,8 +17,8 @@ from celery.backends.redis import RedisBackend
 from celery.exceptions import Reject
 from celery.utils.log import get_logger
 
-from producers.contract import POLL_EXTERNAL_JOB, TRIGGER_DAG, TriggerRequest
-from producers.errors import DagrelayError, OutcomeUnknown, error_from
+from producers.contract import POLL_EXTERNAL_JOB, TRIGGER_DAG, TriggerRequest, reference_for
+from producers.errors import DagrelayError, OutcomeUnknown, SubmitUnknown, error_from
 from producers.stores.records import State, store
 
 log = get_logger("dagrelay.results")
@@ -113,7 +113,7 @@ class RecordedBackend(RedisBackend):
             found["retried"] = str((getattr(request, "retries", None) or 0) + 1)
             next_in_s = getattr(request, "next_in_s", None) or 0.0
         elif state == "cancelled" and getattr(request, "unsure", False):
-            end = _cancelled_unsure(found)
+            end = _cancelled_unsure(task_id, found)
             found |= _of_outcome("failed", end)
             meta = {**meta, "result": end}
         return store(
@@ -139,14 +139,16 @@ class RecordedBackend(RedisBackend):
             raise NotHandedOver(f"the chord of {request.id} could not be told: {exc}") from exc
 
 
-def _cancelled_unsure(found: dict[str, str]) -> dict[str, Any]:
+def _cancelled_unsure(task_id: str, found: dict[str, str]) -> dict[str, Any]:
     """Return the end of a request that was cancelled after an answer was lost, as Celery keeps exceptions."""
     why = f"{found.get('reason')}, after an answer was lost"
-    end = OutcomeUnknown(found.get("dag_id", ""), found.get("dag_run_id", ""), why)
+    end: DagrelayError = OutcomeUnknown(found.get("dag_id", ""), found.get("dag_run_id", ""), why)
+    if found.get("task") == POLL_EXTERNAL_JOB:
+        end = SubmitUnknown(found.get("service", ""), reference_for(task_id), why)
     return {
-        "exc_type": "OutcomeUnknown",
+        "exc_type": type(end).__name__,
         "exc_message": list(end.args),
-        "exc_module": OutcomeUnknown.__module__,
+        "exc_module": type(end).__module__,
     }
 
 

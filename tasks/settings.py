@@ -34,6 +34,9 @@ class WorkerSettings:
     """How long an unknown outcome is looked up after giving up: on an overloaded Airflow 3.3.2, runs of
     lost answers were seen up to six minutes later."""
     look_up_every_s: float = 30.0
+    find_for_s: float = 60.0
+    """How long after a submission whose answer was lost its job may appear late, before a lookup that finds
+    nothing is believed: as long as a slow server may go on with a request whose client has gone."""
     retry_cap_s: float = 20.0
     """The longest wait between two attempts; what Airflow asks for by Retry-After goes beyond it."""
     hold_probe_s: float = 30.0
@@ -111,6 +114,7 @@ def read_settings(environ: Mapping[str, str]) -> WorkerSettings:
         missing_grace_s=_number(environ, "DAGRELAY_MISSING_GRACE_S", 60, 0, 86_400, mistakes),
         look_up_for_s=_number(environ, "DAGRELAY_LOOK_UP_FOR_S", 900, 0, 86_400, mistakes),
         look_up_every_s=_number(environ, "DAGRELAY_LOOK_UP_EVERY_S", 30, 1, 3600, mistakes),
+        find_for_s=_number(environ, "DAGRELAY_FIND_FOR_S", 60, 0, 86_400, mistakes),
         retry_cap_s=_number(environ, "DAGRELAY_RETRY_CAP_S", 20, 0.1, 3600, mistakes),
         hold_probe_s=_number(environ, "DAGRELAY_HOLD_PROBE_S", 30, 1, 3600, mistakes),
         fan_out_watch_s=_number(environ, "DAGRELAY_FAN_OUT_WATCH_S", 60, 0.2, 3600, mistakes),

@@ -56,6 +56,7 @@ def parts(
             "DAGRELAY_SERVICE_TRAIN": service.variable,
             "DAGRELAY_SERVICE_SLOW": json.dumps({"url": f"{service.url}/api", "token": service.token}),
             "DAGRELAY_RETRY_CAP_S": "0.3",
+            "DAGRELAY_FIND_FOR_S": "1.5",
         }
         with Worker(valkey.url, folder, connections={"default": airflow.conn_uri}, **env) as worker:
             yield valkey, service, airflow, worker
@@ -461,3 +462,54 @@ def test_a_worker_killed_while_it_submits_leaves_one_job_for_each_request(tmp_pa
         assert (len(honouring.jobs), len(plain.jobs)) == (1, 1)
         assert (len(honouring.posts), len(plain.posts)) == (2, 1)
         relay.redis.close()
+
+
+# Ends that nobody can be sure of
+
+
+def test_a_job_that_does_not_appear_in_time_is_unknown_and_never_submitted_again(start, service):
+    service.honours_keys = False
+    service.fault = faults("lose")
+    handle = start(submit_once=True, find=FIND)
+
+    with pytest.raises(SubmitUnknown, match="no such job was found"):
+        handle.get(timeout=10)
+    assert len(service.posts) == 1
+    assert service.finds >= 2
+
+
+def test_a_cancel_after_a_lost_answer_finds_the_job_and_says_that_it_may_exist(start, service, waits):
+    service.fault = lambda number, body: "drop"
+    handle = start(find=FIND, on_cancel={"method": "DELETE", "path": "/jobs/{job_id}"})
+    until(lambda: handle.record().attempts)
+
+    waits.cancel(handle.id, by="a test")
+
+    with pytest.raises(SubmitUnknown, match="after an answer was lost"):
+        handle.get(timeout=10)
+    assert handle.state == "cancelled"
+    until(lambda: service.cancels == ["job-1"])
+
+
+def test_a_message_that_comes_again_after_the_end_tells_the_same_end(parts, start, service):
+    handle = start(result="out")
+    until(lambda: service.jobs)
+    service.end("job-1", out=7)
+    outcome = handle.get(timeout=10)
+    stock = Celery("else", broker=parts[0].url, set_as_current=False)
+
+    again = stock.signature(
+        "tasks.poll_external_job",
+        kwargs={"service": "train", **SUBMITTED, "result": "out"},
+        queue="jobs",
+        task_id=handle.id,
+        link=stock.signature("else.told", queue="told"),
+    )
+    again.apply_async(retries=1)
+
+    with Redis.from_url(parts[0].url) as client:
+        until(lambda: client.llen("told") == 1)
+        (raw,) = client.lrange("told", 0, -1)
+    [told], _, _ = json.loads(base64.b64decode(json.loads(raw)["body"]))
+    assert JobOutcome.from_message(told) == outcome
+    assert len(service.posts) == 1
