@@ -21,6 +21,7 @@ from .client import RelayClient
 from .contract import MAX_CONF_DEPTH, QUEUE_TRIGGERS, TriggerRequest
 from .errors import BrokerUnavailable, InvalidRequest
 from .exits import EX_FAILED, told
+from .fan_out_cli import fan_out_command
 from .settings import read_settings
 
 
@@ -35,6 +36,7 @@ def main() -> None:
 
 for _command in (cli_waiting.parked, cli_waiting.wake, cli_waiting.cancel, cli_waiting.status):
     main.add_command(_command)
+main.add_command(fan_out_command)
 
 
 @main.command()

@@ -128,10 +128,17 @@ class Handle(Generic[T]):
         soon as a worker takes it. What runs just now is not disturbed: it ends as it would have, unless it
         comes to wait or to try again; then it is cancelled. Afterwards `.get()` raises RequestCancelled. A
         DAG run that exists goes on, unless the request says `stop_run=True`. Raises BrokerUnavailable.
+
+        Of a fan-out nothing more is started, and what waits is cancelled; it then ends with all outcomes.
         """
         from .client import told_as_unavailable
+        from .stores.fan_outs import FanOuts
 
         with told_as_unavailable():
+            found = self._client.records.get(self.id)
+            if found is not None and found.fan_out == self.id:
+                FanOuts(self._client.redis).cancel(self.id, by=self._client.settings.client_name)
+                return found.state
             return self._client.waits.cancel(self.id, by=self._client.settings.client_name) or "unknown"
 
     def history(self) -> list[tuple[float, str]]:
