@@ -62,16 +62,6 @@ class FanOut(Handle[list[Outcome]]):
             raise RequestUnknown(self.id)
         return found.ended, found.total
 
-    def cancel(self) -> str:
-        """Start nothing more of it, and cancel what waits; return the state that it is in.
-
-        What was not begun ends as cancelled, and so does what waits. The callback still gets all outcomes.
-        DAG runs that exist go on, unless a request says `stop_run=True`. Raises BrokerUnavailable.
-        """
-        with told_as_unavailable():
-            FanOuts(self._client.redis).cancel(self.id, by=self._client.settings.client_name)
-        return self.state
-
 
 def fan_out(
     requests: Iterable[TriggerRequest | Mapping[str, Any]],
@@ -141,7 +131,7 @@ async def afan_out(requests: Iterable[TriggerRequest | Mapping[str, Any]], **opt
 
 def _checked(requests: Iterable[TriggerRequest | Mapping[str, Any]], *, wait: bool) -> list[TriggerRequest]:
     """Return the requests. Raises TypeError or InvalidRequest, naming the first wrong one by its index."""
-    if isinstance(requests, Mapping | str | bytes) or not isinstance(requests, Iterable):
+    if isinstance(requests, Mapping | str | bytes | TriggerRequest) or not isinstance(requests, Iterable):
         raise TypeError(f"requests are several TriggerRequests or dicts, not a {type(requests).__name__}")
     checked = []
     for index, given in enumerate(islice(requests, MAX_FAN_OUT + 1)):

@@ -54,8 +54,8 @@ def fan_out_command(
     """Start one run of DAG_ID for each conf in a file; print the id of the fan-out.
 
     With --wait or --until-created a bar on standard error shows how far it is, the id is printed there too,
-    and standard output gets one outcome a line, as JSON, in the order of the file. Ends with 1 if any of them is
-    no success.
+    and standard output gets one outcome a line, as JSON, in the order of the file. Ends with 1 if any of
+    them is no success.
     """
     if until_created and wait:
         raise click.UsageError("give --until-created or --wait")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 import time
 from base64 import b64decode
 from collections.abc import Iterator
@@ -506,3 +508,69 @@ def test_nothing_of_a_fan_out_is_left_once_its_records_expire(relay, airflow, wo
     keys = [key for key in map(bytes.decode, relay.redis.keys("*")) if any(name in key for name in names)]
     assert keys
     assert [key for key in keys if relay.redis.ttl(key) < 0] == []
+
+
+def dagrelay(valkey: Valkey, *args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "producers.cli", "fan-out", *args],
+        input=stdin,
+        env=clean_env(DAGRELAY_REDIS_URL=valkey.url, PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_the_command_shows_progress_and_tells_each_outcome(valkey, relay, airflow, worker, tmp_path):
+    file = tmp_path / "many.jsonl"
+    file.write_text("".join(json.dumps({"n": n}) + "\n" for n in range(5)) + "\n")
+
+    told = dagrelay(
+        valkey,
+        "daily_sales",
+        "--conf-file",
+        str(file),
+        "--until-created",
+        "--then",
+        "host.noted",
+        "--then-queue",
+        "n",
+    )
+
+    assert told.returncode == 0, told.stderr
+    outcomes = [json.loads(line) for line in told.stdout.splitlines()]
+    assert [airflow.runs["daily_sales", one["dag_run_id"]]["conf"]["n"] for one in outcomes] == list(range(5))
+    assert "ended" in told.stderr
+    assert json.loads(relay.redis.lindex("n", 0))["headers"]["task"] == "host.noted"
+
+
+def test_the_command_ends_with_one_if_any_failed(valkey, airflow, worker):
+    airflow.rejecting["strict"] = (400, {"detail": "a value does not fit"})
+
+    told = dagrelay(valkey, "strict", "--conf-file", "-", "--until-created", stdin='{"n": 1}\n')
+
+    assert told.returncode == 1
+    assert json.loads(told.stdout)["error"] == "RequestRejected"
+
+
+def test_the_command_prints_the_id_of_what_it_does_not_wait_for(valkey, relay, worker, airflow):
+    told = dagrelay(
+        valkey, "daily_sales", "--conf-file", "-", "--key-prefix", "k", stdin='{"n": 1}\n\n{"n": 2}\n'
+    )
+
+    assert told.returncode == 0, told.stderr
+    until(lambda: relay.handle(told.stdout.strip()).state == "done")
+    assert {run_id for _, run_id in airflow.runs} == {"relay__k-1", "relay__k-3"}
+
+
+@pytest.mark.parametrize(
+    ("stdin", "words"),
+    [('{"n": 1}\n{"n": secret\n', "line 2: is no JSON"), ("[1]\n", "line 1: a conf is a JSON object")],
+)
+def test_the_command_tells_which_line_is_wrong_and_not_what_it_holds(stdin, words, valkey):
+    told = dagrelay(valkey, "daily_sales", "--conf-file", "-", stdin=stdin)
+
+    assert told.returncode == 65
+    assert words in told.stderr
+    assert "secret" not in told.stderr
