@@ -163,8 +163,7 @@ def trigger_dag(self: Any, *before: Any, **message: Any) -> dict[str, Any]:
     try:
         run = start_run(request, task_id=task_id, asked=asked, airflow=airflow)
     except CredentialsRefused as exc:
-        _holds().hold(connection.id, connection.fingerprint(), exc.words)
-        log.error("connection held, its credentials are refused connection=%s: %s", connection.id, exc.words)
+        _hold(connection, exc.words)
         _wait_if_held(self, connection, surely=True)
         raise _retry(self, exc, MISSING_RETRY_S) from exc  # released in between
     except (DagNotFound, DagBroken) as exc:
@@ -288,7 +287,7 @@ def _get_unless_held(run: DagRun, airflow: Airflow) -> RunView | None:
     try:
         view = airflow.get_dag_run(run.dag_id, run.dag_run_id)
     except CredentialsRefused as exc:
-        _holds().hold(*name, exc.words)
+        _hold(airflow.connection, exc.words)
         raise
     if held_s < 0:
         _holds().release(*name)
@@ -580,6 +579,12 @@ def _retry(task: Any, exc: Exception, wait_s: float) -> Retry:
 
 def _holds() -> Holds:
     return Holds(store_client(), settings().hold_probe_s)
+
+
+def _hold(connection: AirflowConnection, words: str) -> None:
+    _holds().hold(connection.id, connection.fingerprint(), words)
+    _free_until.pop((connection.id, connection.fingerprint()), None)
+    log.error("connection held, its credentials are refused connection=%s: %s", connection.id, words)
 
 
 def _wait_if_held(task: Any, connection: AirflowConnection, *, surely: bool = False) -> bool:

@@ -272,3 +272,36 @@ def test_a_worker_killed_while_runs_are_waited_for_loses_none(relay, airflow, st
 
     assert {handle.get(timeout=30).state for handle in handles} == {"success"}
     assert max(airflow.posts.values()) == 1
+
+
+def test_what_follows_in_a_chain_gets_the_run_when_it_has_ended(
+    relay, airflow, worker, waits, parked, valkey
+):
+    stock = Celery("else", broker=valkey.url, set_as_current=False)
+    first = stock.signature("tasks.trigger_dag", kwargs={"dag_id": "daily_sales", "key": "k1", "wait": True})
+    then = stock.signature("tasks.trigger_dag", kwargs={"dag_id": "report", "key": "k1"})
+    sent = (first.set(queue="triggers") | then.set(queue="triggers")).apply_async()
+    handle = relay.handle(sent.parent.id)
+    parked(handle)
+    assert list(airflow.runs) == [RUN]
+
+    end(airflow, waits, handle)
+
+    assert relay.handle(sent.id).get(timeout=10).dag_id == "report"
+    conf = airflow.runs["report", "relay__k1"]["conf"]
+    assert (conf["dag_run_id"], conf["state"]) == ("relay__k1", "success")
+
+
+def test_refused_credentials_end_no_waiting(relay, airflow, start_worker, waits, parked):
+    worker = start_worker(DAGRELAY_HOLD_PROBE_S="1", DAGRELAY_RETRY_CAP_S="0.5")
+    handle = relay.enqueue(request())
+    parked(handle)
+    airflow.refuse_credentials = airflow.refuse_token = True
+    end(airflow, waits, handle)
+    until(lambda: handle.record().attempts > 3)
+    assert "its credentials are refused" in worker.text()
+    assert airflow.logins <= 6  # one a second finds out, and not each attempt
+
+    airflow.refuse_credentials = airflow.refuse_token = False
+
+    assert handle.get(timeout=20).state == "success"
