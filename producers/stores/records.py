@@ -248,7 +248,7 @@ end
 if ARGV[3] == 'waiting' then
   local newest = tonumber(redis.call('HGET', record, 'retried') or 0)
   for i = 7, #ARGV, 2 do
-    if ARGV[i] == 'retried' and tonumber(ARGV[i + 1]) < newest then return 0 end
+    if ARGV[i] == 'retried' and tonumber(ARGV[i + 1]) <= newest then return 0 end
   end
 end
 redis.call('SET', result, ARGV[1], 'EX', ARGV[2])
