@@ -226,7 +226,7 @@ for i = 4, #ARGV, 2 do
     if known[7] then redis.call('ZREM', 'dagrelay:cancelled', id) end
     if known[2] and known[3] then
       part_ended(known[2], known[3], 'done', '{"id":"' .. id .. '","dag_id":"' .. (known[5] or '')
-        .. '","dag_run_id":"' .. (known[6] or '') .. '","state":"done","run":' .. run .. '}', known[4], false)
+        .. '","dag_run_id":"' .. (known[6] or '') .. '","state":"done","run":' .. run .. ',"error":null,"reason":null}', known[4], false)
     end
     redis.call('PUBLISH', result, meta)
     ended = ended + 1
