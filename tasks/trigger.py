@@ -16,14 +16,12 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, NoReturn, Protocol
 
-from celery.exceptions import Ignore, Retry
 from celery.utils.log import get_logger
 
 from producers.contract import (
     MAX_RESULT_BYTES,
     QUEUE_LOOKS,
     TRIGGER_DAG,
-    VERSION,
     Asked,
     DagRun,
     TriggerRequest,
@@ -45,11 +43,14 @@ from producers.errors import (
     RequestRejected,
     RunConflict,
     RunExists,
-    error_from,
 )
 from producers.stores.holds import Holds
 from producers.stores.records import Record
 
+from .again import BACKOFF_CAP_S as BACKOFF_CAP_S
+from .again import NEWER_RETRY_S as NEWER_RETRY_S
+from .again import backoff_s, leave_newer, on_record, redelivered, redis_now
+from .again import retry as _retry
 from .airflow.client import DagRunExists, RunView, as_dag_run
 from .airflow.clients import airflow_client
 from .airflow.connections import AirflowConnection
@@ -61,13 +62,7 @@ from .waiting import show, wait
 
 log = get_logger("dagrelay.trigger")
 
-BACKOFF_BASE_S = 0.5
-BACKOFF_CAP_S = 20.0
-"""Of full jitter: the wait before attempt n is drawn from 0 to min(cap, base × 2ⁿ), so that the workers of
-an outage do not come back as one."""
-
 MISSING_RETRY_S = 5.0
-NEWER_RETRY_S = 60.0
 
 FREE_FOR_S = 1.0
 """How long a process takes a connection for free that was not held. Asking for each trigger was half of what
@@ -140,10 +135,8 @@ def trigger_dag(self: Any, *before: Any, **message: Any) -> dict[str, Any]:
     other languages send them.
     """
     task_id = self.request.id
-    if _newer(message):
-        newer = InvalidRequest(f"needs a worker that knows more than v{VERSION} of the messages")
-        raise _retry(self, newer, NEWER_RETRY_S)
-    found = _on_record(self)
+    leave_newer(self, message)
+    found = on_record(self)
     if found is not None and found.state == "done" and found.run is not None:
         return found.run
     request = TriggerRequest.from_message(_with_positional(before, message))
@@ -172,7 +165,7 @@ def trigger_dag(self: Any, *before: Any, **message: Any) -> dict[str, Any]:
             raise
         raise _retry(self, exc, min(MISSING_RETRY_S, settings().missing_grace_s)) from exc
     except AirflowUnavailable as exc:
-        lost = exc.unsure or _redelivered(self)
+        lost = exc.unsure or redelivered(self)
         so_far = records().attempt_failed(task_id, str(exc), unsure=lost)
         wait_s = backoff_s(self.request.retries, exc.retry_after_s, settings().retry_cap_s)
         if so_far.age_s + wait_s < request.give_up_after_s:
@@ -218,7 +211,7 @@ def _when_ended(
                 words = f"result_from: the run succeeded, and what its task returned cannot be read: {exc}"
                 raise RequestRejected(503, words) from exc
             raise _retry(task, exc, _backoff_of(task, exc)) from exc
-    now = _redis_now()
+    now = redis_now()
     known = {name: value for name, value in run.to_message().items() if value is not None}
     parked = wait(
         task,
@@ -240,8 +233,8 @@ def _come_back(task: Any, request: TriggerRequest, found: Record, airflow: Airfl
     """
     run = DagRun.from_message(found.run or {})
     seen = waits().observations(task.request.id)
-    since = found.waiting_since or _redis_now()
-    left_s = since + request.wait_timeout_s - _redis_now()
+    since = found.waiting_since or redis_now()
+    left_s = since + request.wait_timeout_s - redis_now()
     try:
         view = _get_unless_held(run, airflow)
     except (AirflowUnavailable, CredentialsRefused, RequestRejected) as exc:
@@ -484,12 +477,6 @@ def difference_of(request: TriggerRequest, existing: RunView) -> str:
     return ""
 
 
-def backoff_s(retries: int, retry_after_s: float | None = None, cap_s: float = BACKOFF_CAP_S) -> float:
-    """Return how long to wait before the next attempt: full jitter, and at least what the server asks for."""
-    drawn = random.uniform(0, min(cap_s, BACKOFF_BASE_S * 2 ** min(retries, 20)))  # noqa: S311
-    return max(drawn, retry_after_s or 0.0)
-
-
 def _canonical(value: Any) -> Any:
     """Return a value that is equal for equal JSON: 1 and 1.0 are, 1 and true are not; {} is none at all."""
     if isinstance(value, dict):
@@ -503,11 +490,6 @@ def _canonical(value: Any) -> Any:
 
 def _one_word(text: str) -> str:
     return re.sub(r"\s+", "_", text)
-
-
-def _newer(message: Mapping[str, Any]) -> bool:
-    version = message.get("v", VERSION)
-    return isinstance(version, int) and version > VERSION
 
 
 def _with_positional(before: tuple[Any, ...], message: Mapping[str, Any]) -> dict[str, Any]:
@@ -529,28 +511,6 @@ def _with_positional(before: tuple[Any, ...], message: Mapping[str, Any]) -> dic
     return merged
 
 
-def _redelivered(task: Any) -> bool:
-    return bool((task.request.delivery_info or {}).get("redelivered"))
-
-
-def _on_record(task: Any) -> Record | None:
-    """Return what is on record of a message that may be a copy, or has been worked on before.
-
-    Drops what a retry has replaced, and raises again what an end was; the end with a run is the caller's.
-    """
-    if not task.request.retries and not _redelivered(task):
-        return None
-    found = records().get(task.request.id)
-    if found is None or (found.state == "done" and found.run is not None):
-        return found
-    if found.ended:
-        raise error_from(found.error or "TaskFailed", found.error_args or [found.reason or found.state])
-    if found.retried > task.request.retries:
-        log.info("stale copy dropped task_id=%s attempt=%d", task.request.id, task.request.retries + 1)
-        raise Ignore
-    return found
-
-
 def _made_so_far(message: Mapping[str, Any]) -> DagRun | None:
     """Return the run that a batch of a fan-out has made for this request already, if so."""
     so_far = message.get("so_far")
@@ -560,21 +520,10 @@ def _made_so_far(message: Mapping[str, Any]) -> DagRun | None:
     return DagRun.from_message(run)
 
 
-def _redis_now() -> float:
-    seconds, microseconds = store_client().time()
-    return float(seconds) + float(microseconds) / 1e6
-
-
 def _backoff_of(task: Any, exc: Exception) -> float:
     """Return how long to wait before Airflow is asked again."""
     asked_s = exc.retry_after_s if isinstance(exc, AirflowUnavailable) else None
     return backoff_s(task.request.retries, asked_s, settings().retry_cap_s)
-
-
-def _retry(task: Any, exc: Exception, wait_s: float) -> Retry:
-    log.info("waits task_id=%s for_s=%.1f: %s", task.request.id, wait_s, exc)
-    retry: Retry = task.retry(countdown=wait_s, exc=exc)
-    return retry
 
 
 def _holds() -> Holds:
