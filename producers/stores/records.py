@@ -212,7 +212,9 @@ local function outcome_of(record, id, state)
   local found = redis.call('HMGET', record, 'dag_id', 'dag_run_id', 'run', 'error', 'reason', 'cancel_by')
   local text = '{"id":' .. cjson.encode(id) .. ',"dag_id":' .. cjson.encode(found[1] or '')
     .. ',"dag_run_id":' .. cjson.encode(found[2] or '') .. ',"state":"' .. state .. '"'
-  if state == 'done' then return text .. ',"run":' .. (found[3] or 'null') .. ',"error":null,"reason":null}' end
+  if state == 'done' then
+    return text .. ',"run":' .. (found[3] or 'null') .. ',"error":null,"reason":null}'
+  end
   local kind, reason = found[4] or 'TaskFailed', found[5] or ''
   if state == 'cancelled' then
     if kind ~= 'RequestCancelled' and kind ~= 'OutcomeUnknown' then
