@@ -3,8 +3,9 @@
 For looks and fan-outs, where one Celery task has hundreds of requests to send: 0.1 CPU-ms each, a third of
 what a thread costs. The loop runs in one thread of the process, for all tasks; it is started with the first
 request, under a lock (tasks that start together after a restart would each make one, and await the others'
-futures for ever), and anew in a child after a fork. What was said in `tasks.http` holds here too: sent exactly once, no
-redirects, one deadline for a whole exchange, and `NoAnswer.reached` tells whether a byte may have left.
+futures for ever), and anew in a child after a fork. What was said in `tasks.http` holds here too: sent
+exactly once, no redirects, one deadline for a whole exchange, and `NoAnswer.reached` tells whether a byte may
+have left.
 """
 
 from __future__ import annotations

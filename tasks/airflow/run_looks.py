@@ -5,7 +5,8 @@ once: those of their DAGs between the earliest and the latest of them, by the on
 changes (Airflow 3: `run_after`; Airflow 2: its logical date), as Airflow told it of each. What is not in the
 answer (deleted, or there are more runs than a list may have) is asked for by itself, a few in each look.
 
-A look decides nothing: it only has the task wake up that waits, and that one asks Airflow itself.
+A look decides nothing: it has the task wake up that waits, and says when it saw the end. That one asks
+Airflow itself, unless it was just now.
 """
 
 from __future__ import annotations
@@ -163,7 +164,7 @@ class _Look:
         state = self.states[run]
         if state is None or state in ENDED:
             words = f"is {state}" if state else "is not to be found"
-            observation = json.dumps({"state": state or "gone"})
+            observation = json.dumps({"state": state or "gone", "at": round(time.time(), 3)})
             return Seen(run.task_id, run.epoch, "wake", 0.0, observation, words)
         if state == run.seen and not run.errors:
             return Seen(run.task_id, run.epoch, "again", self._next_in_s())
