@@ -338,7 +338,7 @@ def send_to(service: Service, request: HttpRequest) -> HttpResponse:
 
 def follow(job: Job) -> dict[str, Any]:
     """Read what was observed and end, or wait on. Raises Ignore (it waits), and the errors of a job's end."""
-    observations = waits().observations(job.task_id)
+    observations = waits().observations(job.task_id, job.task.request.retries)
     look_now, last = False, None
     for observation in observations:
         found = meaning(job, observation)

@@ -167,8 +167,10 @@ return 'parked'
 # What a task has not read yet. KEYS: record, seen. ARGV: the number of the wait from which it came back. From
 # now on what an older copy of it parks is stale: it cannot take away what this one reads.
 OBSERVE: Final = Script("""
-local retried = redis.call('HGET', KEYS[1], 'retried')
-if retried and tonumber(retried) < tonumber(ARGV[1]) then redis.call('HSET', KEYS[1], 'retried', ARGV[1]) end
+local known = redis.call('HMGET', KEYS[1], 'state', 'retried')
+if known[1] and tonumber(known[2] or 0) < tonumber(ARGV[1]) then
+  redis.call('HSET', KEYS[1], 'retried', ARGV[1])
+end
 return redis.call('LRANGE', KEYS[2], 0, -1)
 """)
 

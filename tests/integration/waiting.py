@@ -13,7 +13,7 @@ def wait_for(self: Any, what: str, until: float, look: str = "", key: str = "") 
     """Wait until one says {"return": …} or {"raise": …}; {"state": …, "progress": …} is shown in Flower."""
     if key:
         waits().register(self.request.id, [key], keep_s=60)
-    seen = waits().observations(self.request.id)
+    seen = waits().observations(self.request.id, self.request.retries)
     shown = {}
     for one in seen:
         if isinstance(one, dict):

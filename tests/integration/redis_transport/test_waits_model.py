@@ -209,8 +209,8 @@ class Model:
         run.read = self.waits.observations(message.task_id, message.epoch)
         assert run.read == task.unread
         run.stage = "read"
-        if task.retried is not None:
-            task.retried = max(task.retried, message.epoch)
+        if message.epoch > (task.retried or 0):
+            task.retried = message.epoch
 
     def register(self) -> None:
         _, message, task = self.run_at("read")
