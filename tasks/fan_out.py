@@ -79,6 +79,13 @@ CHUNK_BUDGET_S: Final = 240.0
 """After this long a chunk begins no more requests: the rest leaves it. A task that runs for 15 minutes ends
 its process, and an Airflow that takes seconds for each trigger is no case for a batch."""
 
+CHUNK_PRIORITY: Final = 3
+"""0 goes first: what is asked for by itself overtakes the chunks that wait in the queue."""
+
+MAX_OUTCOMES_BYTES: Final = 32_000_000
+"""Of all outcomes together, as JSON: they are one result and one message. Beyond it what tasks returned
+(`result_from`, up to 1 MB each) is left out of them; each request's own result still has it."""
+
 LOOK_AGAIN_S: Final = 30 * 86_400.0
 """A chunk that waits comes back in any case after this long, to see for itself."""
 
@@ -122,7 +129,7 @@ def launch(fan_out_id: str, state: FanOutState) -> None:
         return
     header = [
         trigger_chunk.si(fan_out_id=fan_out_id, index=index).set(
-            task_id=chunk_id(fan_out_id, index), queue=QUEUE_TRIGGERS
+            task_id=chunk_id(fan_out_id, index), queue=QUEUE_TRIGGERS, priority=CHUNK_PRIORITY
         )
         for index in range(state.chunks)
     ]
@@ -175,6 +182,11 @@ def fan_out_end(self: Any, /, parts: Any = None, *, fan_out_id: str, **message: 
     if state is None:
         raise FanOutBroken(fan_out_id, _size_of(known.progress), "its bookkeeping is gone")
     outcomes = [found for found in store.outcomes(fan_out_id, state.total) if found is not None]
+    if store.outcomes_bytes(fan_out_id) > MAX_OUTCOMES_BYTES:
+        log.warning("outcomes without the results of tasks: too large together id=%s", fan_out_id)
+        for found in outcomes:
+            if found.get("run"):
+                found["run"]["result"] = None
     if len(outcomes) < state.total:
         raise FanOutBroken(fan_out_id, state.total - len(outcomes), "a part of its bookkeeping is gone")
     waits().learn(fan_out_id, progress=_told(state))
@@ -406,14 +418,24 @@ def end_cancelled(task_id: str, why: str) -> None:
 # The watch
 
 
-@app.task(name=WATCH_FAN_OUT, bind=True, base=FanOutTask, ignore_result=True, recorded=False)
+@app.task(
+    name=WATCH_FAN_OUT, bind=True, base=FanOutTask, ignore_result=True, recorded=False, send_events=False
+)
 def watch_fan_out(
-    self: Any, /, *, fan_out_id: str, seen: str = "", lost: Sequence[str] = (), **message: Any
+    self: Any,
+    /,
+    *,
+    fan_out_id: str,
+    seen: str = "",
+    still: int = 0,
+    lost: Sequence[str] = (),
+    **message: Any,
 ) -> None:
     """Look at a fan-out every minute: where nothing has moved, whether all of its parts are still there.
 
-    A part that is nowhere in two looks in a row is lost (in one look it may be on its way from one place to
-    another): then the fan-out ends as FanOutBroken, and so does what was lost.
+    Where nothing moves and all is there, it looks less and less often, down to every ten minutes. A part that
+    is nowhere in two looks in a row is lost (in one look it may be on its way from one place to another):
+    then the fan-out ends as FanOutBroken, and so does what was lost.
     """
     known = records().get(fan_out_id)
     if known is None or known.ended:
@@ -441,9 +463,10 @@ def watch_fan_out(
             words = f"{len(gone)} of its messages are nowhere in Redis, among them {gone[0]}"
             _break(fan_out_id, state.total - state.ended, requests, words)
             return
+    still = min(still + 1, 10) if now == seen and not missing else 1
     raise self.retry(
-        countdown=settings().fan_out_watch_s,
-        kwargs={"fan_out_id": fan_out_id, "seen": now, "lost": missing[:1000]},
+        countdown=still * settings().fan_out_watch_s,
+        kwargs={"fan_out_id": fan_out_id, "seen": now, "still": still, "lost": missing[:1000]},
     )
 
 

@@ -225,8 +225,9 @@ for i = 4, #ARGV, 2 do
     redis.call('EXPIRE', record, ARGV[2])
     if known[7] then redis.call('ZREM', 'dagrelay:cancelled', id) end
     if known[2] and known[3] then
-      part_ended(known[2], known[3], 'done', '{"id":"' .. id .. '","dag_id":"' .. (known[5] or '')
-        .. '","dag_run_id":"' .. (known[6] or '') .. '","state":"done","run":' .. run .. ',"error":null,"reason":null}', known[4], false)
+      local outcome = '{"id":"' .. id .. '","dag_id":"' .. (known[5] or '') .. '","dag_run_id":"'
+        .. (known[6] or '') .. '","state":"done","run":' .. run .. ',"error":null,"reason":null}'
+      part_ended(known[2], known[3], 'done', outcome, known[4], false)
     end
     redis.call('PUBLISH', result, meta)
     ended = ended + 1
@@ -271,6 +272,16 @@ local outside = tonumber(redis.call('HGET', KEYS[1], 'outside:' .. ARGV[1]) or 0
 redis.call('DEL', KEYS[3])
 if outside == 0 and ARGV[2] == '1' then redis.call('HDEL', KEYS[2], ARGV[1], 'ids:' .. ARGV[1]) end
 return outside
+""")
+
+
+# KEYS: the outcomes. Returns how many bytes they have.
+OUTCOMES_BYTES: Final = Script("""
+local size = 0
+for _, place in ipairs(redis.call('HKEYS', KEYS[1])) do
+  size = size + redis.call('HSTRLEN', KEYS[1], place)
+end
+return size
 """)
 
 
@@ -448,6 +459,10 @@ class FanOuts:
         raw = self._client.hgetall(f"{fan_out_key(fan_out_id)}:outcomes")
         found = {int(place): json.loads(text) for place, text in raw.items()}
         return [found.get(place) for place in range(total)]
+
+    def outcomes_bytes(self, fan_out_id: str) -> int:
+        """Return the size of all outcomes together."""
+        return int(OUTCOMES_BYTES.run(self._client, (f"{fan_out_key(fan_out_id)}:outcomes",), ()))
 
     def open_chunks(self, fan_out_id: str) -> dict[int, list[str]]:
         """Return the chunks that have not ended, with the ids of their requests."""
