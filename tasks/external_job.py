@@ -313,8 +313,9 @@ def look_up(service: Service, find: Find, task_id: str, gone: tuple[int, ...] = 
 def attach(job: Job, job_id: str) -> str:
     """Keep the id of a job that was started, before anything else happens; return it."""
     if not waits().learn(job.task_id, f"is job {job_id}"[:200], job_id=job_id, submitted_at="now"):
-        # Ended by another copy of the message, meanwhile: cancelled, most likely.
-        tell_later(job.task_id, job.request, job_id)
+        found = records().get(job.task_id)
+        if found is not None and found.state == "cancelled":  # by another copy of the message, meanwhile
+            tell_later(job.task_id, job.request, job_id)
         raise Ignore
     log.info("job started task_id=%s service=%s job_id=%s", job.task_id, job.service.id, job_id)
     return job_id
