@@ -15,6 +15,7 @@ import gc
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
@@ -165,7 +166,9 @@ def _keep_unfinished(tracer: Callable[..., Any]) -> Callable[..., Any]:
             return tracer(uuid, args, kwargs, request)
         except MemoryError:
             raise
-        except Exception as exc:  # noqa: BLE001 - of whichever kind: the cause is kept and said
+        except BaseException as exc:
+            if not isinstance(exc, Exception) and threading.current_thread() is threading.main_thread():
+                raise  # the end of this process, or child of the pool; in a thread it would end nothing
             of_redis = isinstance(exc, RedisError | OperationalError | OSError)
             kept = exc if isinstance(exc, NotHandedOver) else NotHandedOver(repr(exc), by_itself=not of_redis)
             log.warning("not written task_id=%s: %s", uuid, kept.reason)

@@ -32,7 +32,7 @@ from celery.worker.request import Request
 
 from . import channel as transport
 from . import register
-from .hand import LEAVE_S
+from .hand import LEAVE_S, Why
 from .messages import Readable
 
 log = get_logger("redis_transport")
@@ -153,11 +153,9 @@ def _on_done(callback: Any, future: Future[Any]) -> None:
     worker_state.task_ready(request)
     if not request.acknowledged:
         request.acknowledged = True
-        # A task that ends its thread (SystemExit), or asks for more memory than there is, does so again.
-        by_itself = isinstance(exc, MemoryError) or not isinstance(exc, Exception)
-        request.message.channel.qos.give_back(
-            request.message.delivery_tag, "counted" if by_itself else "begun"
-        )
+        # A task that asks for more memory than there is does so again.
+        why: Why = "counted" if isinstance(exc, MemoryError) else "begun"
+        request.message.channel.qos.give_back(request.message.delivery_tag, why)
 
 
 class Announce(bootsteps.StartStopStep):
