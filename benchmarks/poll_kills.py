@@ -18,7 +18,7 @@ from typing import Any
 
 from local.valkey import Valkey
 from producers.client import RelayClient
-from producers.contract import PollRequest, reference_for
+from producers.contract import PollRequest, Submit, reference_for
 from producers.handle import Handle
 from producers.settings import ProducerSettings
 from tests.worker import Worker
@@ -105,7 +105,7 @@ def request(service: str, submit_once: bool) -> PollRequest:
     return PollRequest(
         service=service,
         path="/jobs/{job_id}",
-        submit={"path": "/jobs", "body": {"reference": "{reference}"}},
+        submit=Submit(path="/jobs", body={"reference": "{reference}"}),
         submit_once=submit_once,
         interval_s=600,
         max_interval_s=600,

@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 
-import aiohttp  # type: ignore[import-not-found]
+import aiohttp
 from taskiq_redis import ListQueueBroker, RedisStreamBroker  # type: ignore[import-not-found]
 
 Broker = ListQueueBroker if os.environ.get("TASKIQ_BROKER") == "taskiq_list" else RedisStreamBroker

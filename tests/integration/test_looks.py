@@ -1,4 +1,4 @@
-"""Looks: batches of them, in real workers that serve the queue `looks` alone: what they wake stays to be seen.
+"""Looks: batches of them, in real workers that serve the queue `looks` alone: what they wake can be seen.
 
 Jobs are parked here as the worker parks them, by the same script; `test_external_job` has the whole way.
 """
