@@ -97,7 +97,8 @@ local function send_on(id, value)
   local a = string.find(value, '\\0', 1, true)
   local b = string.find(value, '\\0', a + 1, true)
   local c = string.find(value, '\\0', b + 1, true)
-  redis.call('LPUSH', string.sub(value, b + 1, c - 1), string.sub(value, c + 1))
+  -- To the front: what has waited, and is over, does not wait for all that has come since.
+  redis.call('RPUSH', string.sub(value, b + 1, c - 1), string.sub(value, c + 1))
   redis.call('HDEL', 'dagrelay:parked', id)
   redis.call('ZREM', 'dagrelay:due', id)
 end
