@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -123,9 +124,8 @@ def run_worker(order: dict[str, Any]) -> None:
     app.worker_main([*argv, "--without-heartbeat", "-l", order.get("loglevel", "INFO"), "-n", order["name"]])
 
 
-def nursery() -> None:
+def nursery(run: Callable[[dict[str, Any]], None]) -> None:
     """Read orders, one JSON object a line: fork a worker, or tell how one has ended."""
-    transport_worker.install(app)
     import celery.apps.worker
     import celery.bin.worker
     import celery.concurrency.solo
@@ -144,11 +144,12 @@ def nursery() -> None:
         pid = os.fork()
         if pid == 0:
             try:
-                run_worker(order)
+                run(order)
             finally:
                 os._exit(0)
         print(pid, flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":
-    nursery()
+    transport_worker.install(app)
+    nursery(run_worker)

@@ -15,10 +15,10 @@ from local.process import ROOT, clean_env
 class Nursery:
     """The process that forks: `app.nursery`. `close` ends every worker that it has begun."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, module: str = "app") -> None:
         with (folder / "nursery.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.integration.redis_transport.app"],
+                [sys.executable, "-m", f"tests.integration.redis_transport.{module}"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -29,7 +29,6 @@ from producers.stores.waits import (
 )
 from tasks import waiting
 from tasks.redis_transport import Channel, Keys, Lot
-from tasks.redis_transport.channel import Pump
 
 from .test_scripts import full, readonly
 
@@ -426,26 +425,3 @@ def test_keys_with_a_prefix_have_it_once_where_a_cancelled_message_is_sent_on(lo
         producer.publish([[], {}, {}], routing_key=QUEUE, headers=headers, serializer="json")
     (raw,) = lot.redis.lrange(keys.queue(QUEUE), 0, -1)
     assert json.loads(raw)["headers"]["parked_revoked"] is True
-
-
-def test_what_was_cancelled_is_known_before_a_worker_claims_anything(
-    lot: Lotful, monkeypatch: pytest.MonkeyPatch
-):
-    steps: list[str] = []
-    monkeypatch.setattr(Pump, "pump", lambda self: steps.append("cancels"))
-    monkeypatch.setattr("tasks.redis_transport.channel.Feeder", lambda *_: Claims(steps))
-    options = {"namespace": KEYS.namespace}
-    with Connection(
-        lot.url, transport="tasks.redis_transport:Transport", transport_options=options
-    ) as connection:
-        connection.default_channel.feed(None)
-        connection.default_channel.feeder = None
-    assert steps == ["cancels", "queues"]
-
-
-class Claims:
-    def __init__(self, steps: list[str]) -> None:
-        self.steps = steps
-
-    def set_queues(self, queues: list[str]) -> None:
-        self.steps.append("queues")
