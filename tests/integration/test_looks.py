@@ -105,7 +105,7 @@ def scene(stack: tuple[Valkey, FakeService, FakeService]) -> Scene:
 
 def test_every_job_is_looked_at_in_its_rhythm_and_nothing_is_written_while_nothing_changes(scene, one):
     ids = [scene.park(one) for _ in range(100)]
-    until(lambda: min((one.looks[scene.job(each)] for each in ids), default=0) >= 1, "each looked at")
+    until(lambda: all("seen" in scene.record(each) for each in ids), "each looked at, and that written")
     before = {each: scene.record(each) for each in ids}
     began, counted = time.monotonic(), sum(one.looks.values())
     until(lambda: min(one.looks[scene.job(each)] for each in ids) >= 6, "each looked at six times")
