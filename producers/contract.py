@@ -766,7 +766,7 @@ class DagRun:
 
 @dataclass(frozen=True, slots=True)
 class JobOutcome:
-    """How an external job ended well. `state` is the service's word, `then` the id of the trigger it led to."""
+    """How an external job ended well. `state` is the service's word, `then` the trigger that it led to."""
 
     service: str
     job_id: str | None

@@ -37,6 +37,10 @@ class NotHandedOver(Reject):
         """Whether the message may be the reason, and not Redis: it is not to come back for ever."""
 
 
+RECORDED_RUN_BYTES = 4096
+"""What a record keeps of a run, 14 days long. A larger one is so because of its XCom: that is in the result,
+for as long as results are kept, and in the outcome of a fan-out."""
+
 _STATES: dict[str, State] = {
     states.SUCCESS: "done",
     states.FAILURE: "failed",
@@ -178,7 +182,12 @@ def _of_outcome(state: State, result: Any) -> dict[str, str]:
         return {"reason": "", "seen": str(result.get("state"))[:64]}
     if state == "done":
         run = result if isinstance(result, dict) and "dag_run_id" in result else None
-        return {"reason": "", "run": json.dumps(run)} if run else {"reason": ""}
+        if run is None:
+            return {"reason": ""}
+        found = {"reason": "", "run": json.dumps(run)}
+        if len(found["run"]) > RECORDED_RUN_BYTES:
+            found["run_kept"] = json.dumps({**run, "result": None})
+        return found
     if isinstance(result, dict):  # an exception as Celery keeps it
         arguments = result.get("exc_message")
         listed = list(arguments) if isinstance(arguments, list | tuple) else [str(arguments)]

@@ -281,6 +281,11 @@ else
     redis.call('HSET', key, 'over', '1')
     redis.call('EXPIRE', key, ARGV[5])
   end
+  local kept = redis.call('HGET', record, 'run_kept')
+  if kept then
+    redis.call('HSET', record, 'run', kept)
+    redis.call('HDEL', record, 'run_kept')
+  end
 end
 redis.call('PUBLISH', result, ARGV[1])
 return 1

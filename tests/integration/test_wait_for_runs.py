@@ -83,6 +83,21 @@ def test_what_a_task_returned_is_the_result(relay, airflow, worker, waits, parke
     end(airflow, waits, handle)
 
     assert handle.get(timeout=10).result == {"rows": [1, 2.5, None, "ü"]}
+    assert handle.record().run["result"] == {"rows": [1, 2.5, None, "ü"]}
+
+
+def test_a_large_result_is_in_the_result_and_not_in_the_record_that_is_kept_for_weeks(
+    relay, airflow, worker, waits, parked
+):
+    airflow.returned[*RUN, "say"] = "x" * 900_000
+    handle = relay.enqueue(request(result_from="say"))
+    parked(handle)
+
+    end(airflow, waits, handle)
+
+    assert handle.get(timeout=10).result == "x" * 900_000
+    assert handle.record().run["dag_run_id"] == RUN[1]
+    assert handle.record().run["result"] is None
 
 
 @pytest.mark.parametrize(
