@@ -11,6 +11,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 os.environ.setdefault("DAGRELAY_REDIS_URL", "redis://127.0.0.1:1/0")
 
+from celery.exceptions import Ignore
+
 from tasks.app import app, records, waits
 from tasks.looks import Watch
 from tasks.redis_transport import register
@@ -26,12 +28,12 @@ CYCLES = ("a", "b")
 @app.task(name="cycle", bind=True)
 def cycle(self: Any, name: str) -> Any:
     """Wait for a key, which may turn long before; then for a look; then end with what was told."""
+    found = records().get(self.request.id)
+    if found is not None and (found.ended or found.retried > self.request.retries):
+        raise Ignore  # an older copy, or a newer one has ended
     crash.note(f"begin {name} {self.request.retries} {os.getpid()}")
     try:
         told = waits().observations(self.request.id, self.request.retries)
-        found = records().get(self.request.id)
-        if found is not None and (found.ended or found.retried > self.request.retries):
-            return told
         if "looked at" in told:
             return told
         if "turned" in told:
