@@ -9,6 +9,7 @@ retries, and without a word on whether a run was made.
 
 from __future__ import annotations
 
+import gc
 import statistics
 import sys
 import tempfile
@@ -86,7 +87,8 @@ def stock(folder: Path) -> float:
             began = time.time()
             result = chord(header, app.signature("begun", immutable=True), app=app).apply_async()
             took_s = _called_at(client) - began
-            del result, header  # while Redis is there: they unsubscribe
+            del result, header
+            gc.collect()  # while Redis is there: they unsubscribe
         posts, *_ = stub.posts()
         if posts != COUNT + 1:
             raise RuntimeError(f"{posts} POSTs came")
