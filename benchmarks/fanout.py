@@ -9,7 +9,6 @@ retries, and without a word on whether a run was made.
 
 from __future__ import annotations
 
-import gc
 import statistics
 import sys
 import tempfile
@@ -85,10 +84,10 @@ def stock(folder: Path) -> float:
             stub.wait_for(1)
             header = [app.signature("post", args=(number,)) for number in range(COUNT)]
             began = time.time()
-            result = chord(header, app.signature("begun", immutable=True), app=app).apply_async()
+            chord(header, app.signature("begun", immutable=True), app=app).apply_async()
+            # A result that is collected later would look for a Redis that is gone.
+            vars(app.backend)["remove_pending_result"] = lambda *_: None
             took_s = _called_at(client) - began
-            del result, header
-            gc.collect()  # while Redis is there: they unsubscribe
         posts, *_ = stub.posts()
         if posts != COUNT + 1:
             raise RuntimeError(f"{posts} POSTs came")
