@@ -9,7 +9,10 @@ from __future__ import annotations
 import os
 from typing import Any, Final
 
-from celery import bootsteps
+from celery import bootsteps, signals
+from celery.utils.log import get_logger
+
+log = get_logger("dagrelay.events")
 
 EVERY_S: Final = 0.05
 MOST: Final = 2000
@@ -18,15 +21,35 @@ others that want to say something wait for it."""
 
 
 _dispatcher: Any = None
-_pid = 0  # a child that a pool forks later has the dispatcher too, and its parent's connection in it
+_worker: tuple[int, str, Any] | None = None
+"""The worker's process, its name, and its app; known in the children of its pool too."""
+
+
+@signals.celeryd_after_setup.connect
+def _on_setup(sender: str, instance: Any, **_: Any) -> None:
+    global _worker
+    _worker = os.getpid(), sender, instance.app
 
 
 def tell(kind: str, **fields: Any) -> None:
-    """Send an event about a task beside those that Celery sends, where this process may: in a worker's own
-    process, with events enabled. What is not sent is lost, as events are."""
+    """Send an event about a task beside those that Celery sends, where events are on.
+
+    In a child of a pool it goes out at once: the dispatcher, and the connection in it, are its parent's. What
+    cannot be sent is lost, as events are.
+    """
+    if _worker is None:
+        return
+    pid, name, app = _worker
     dispatcher = _dispatcher
-    if dispatcher is not None and dispatcher.enabled and os.getpid() == _pid:
-        dispatcher.send(kind, **fields)
+    if os.getpid() == pid:
+        if dispatcher is not None and dispatcher.enabled:
+            dispatcher.send(kind, **fields)
+    elif app.conf.worker_send_task_events:
+        try:
+            with app.events.default_dispatcher(hostname=name) as its_own:
+                its_own.send(kind, **fields)
+        except Exception as exc:  # noqa: BLE001 - kombu raises what the connection raised, of many kinds
+            log.info("an event is not sent kind=%s: %s", kind, type(exc).__name__)
 
 
 class EventBatches(bootsteps.StartStopStep):
@@ -35,8 +58,8 @@ class EventBatches(bootsteps.StartStopStep):
     requires = ("celery.worker.consumer.events:Events",)
 
     def start(self, consumer: Any) -> None:
-        global _dispatcher, _pid
-        _dispatcher, _pid = consumer.event_dispatcher, os.getpid()
+        global _dispatcher
+        _dispatcher = consumer.event_dispatcher
         self._hub, self._dispatcher = consumer.hub, consumer.event_dispatcher
         self._waiting = False
         if self._hub is not None and self._dispatcher is not None:

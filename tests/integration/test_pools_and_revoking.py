@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import suppress
+
 import pytest
 from celery import Celery
 
@@ -97,3 +100,27 @@ def test_a_request_revoked_after_a_lost_answer_is_looked_for(relay, airflow, sta
 
     until(lambda: handle.state == "done")
     assert handle.get(timeout=5).created
+
+
+@pytest.mark.parametrize("pool", ["processes", "threads"])
+def test_from_every_pool_it_is_told_that_a_task_waits(pool, relay, start_worker, stock):
+    start_worker(options=("-P", pool, "-c", "1"))
+    told: list[dict[str, str]] = []
+    with stock.connection_for_read() as connection:
+        receiver = stock.events.Receiver(connection, handlers={"*": told.append})
+
+        def listen() -> None:
+            with suppress(TimeoutError, OSError):
+                receiver.capture(limit=None, timeout=5, wakeup=False)
+
+        listening = threading.Thread(target=listen, daemon=True)
+        listening.start()
+        try:
+            until(lambda: told)  # a heartbeat
+            handle = relay.enqueue(TriggerRequest("daily_sales", key="k", wait=True))
+            (event,) = until(lambda: [each for each in told if each["type"] == "task-waiting-queued"])
+        finally:
+            receiver.should_stop = True
+            listening.join(10)
+    assert event["uuid"] == handle.id
+    assert event["hostname"].startswith("w1@")
