@@ -105,6 +105,7 @@ def start_jobs(valkey: Valkey, jobs: int, every_s: float) -> float:
         fields = {
             name: text.replace(first.id.encode(), task_id.encode()).replace(b"job-0000001", job.encode())
             for name, text in record.items()
+            if name != b"retried"  # this wait itself, which begins with the park
         }
         pipe.hset(record_key(task_id), mapping=fields)
         WAIT.queue(
@@ -125,6 +126,8 @@ def start_jobs(valkey: Valkey, jobs: int, every_s: float) -> float:
         if number % 500 == 0:
             pipe.execute()
     pipe.execute()
+    if client.zcard(looks_key(GROUP)) != jobs:
+        raise RuntimeError("not all jobs wait to be looked at")
     return float((client.info("memory")["used_memory"] - before) / (jobs - 1))
 
 

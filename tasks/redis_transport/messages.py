@@ -126,25 +126,27 @@ def encoded(readable: Readable) -> bytes:
 def compact(readable: Readable) -> bytes:
     """Return the message as bytes that may lie in Redis for long: a third smaller, and the same to Celery.
 
-    Headers that say nothing are left out, and the body is text and no base64.
+    Headers that say nothing are left out, properties that repeat a header (a task that publishes itself again
+    has its options in both), and the body is text and no base64.
     """
     envelope = readable.envelope
-    headers = envelope["headers"]
-    envelope["headers"] = {
+    headers = {
         name: value
-        for name, value in headers.items()
+        for name, value in envelope["headers"].items()
         if value not in (None, [], {}) and value != [None, None]
     }
-    properties = envelope.get("properties") or {}
+    properties = {
+        name: value
+        for name, value in (envelope.get("properties") or {}).items()
+        if name not in headers or headers[name] != value
+    }
     if properties.get("body_encoding") == "base64" and isinstance(envelope.get("body"), str):
         try:
             envelope["body"] = base64.b64decode(envelope["body"]).decode()
+            del properties["body_encoding"]
         except ValueError:
             pass
-        else:
-            envelope["properties"] = {
-                name: value for name, value in properties.items() if name != "body_encoding"
-            }
+    envelope |= {"headers": headers, "properties": properties}
     return json.dumps(envelope, separators=(",", ":")).encode()
 
 

@@ -503,3 +503,47 @@ def test_one_that_expires_before_it_is_due_is_expired_when_it_comes_back(protoco
     messages.strip_eta(found)
     again = read(messages.encoded(found))
     assert (again.eta, again.expires) == (None, 0.0)
+
+
+def test_what_lies_in_redis_for_long_is_smaller_and_the_same_to_celery():
+    body = [[], {"a": "ü"}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}]
+    headers = {
+        "task": "t",
+        "id": "i1",
+        "eta": None,
+        "group": None,
+        "stamps": {},
+        "timelimit": [None, None],
+        "retries": 0,
+        "ignore_result": False,
+        "kwargsrepr": "a=<1>",
+        "parked_eta": None,
+    }
+    properties = {
+        "body_encoding": "base64",
+        "kwargsrepr": "a=<1>",
+        "correlation_id": "i1",
+        "delivery_info": {"exchange": "", "routing_key": "q"},
+        "priority": 0,
+    }
+    envelope = {
+        "body": base64.b64encode(json.dumps(body).encode()).decode(),
+        "content-type": "application/json",
+        "content-encoding": "utf-8",
+        "headers": headers,
+        "properties": properties,
+    }
+    raw = json.dumps(envelope).encode()
+
+    small = messages.compact(messages.Readable(json.loads(raw), None, "i1", 0, None, None))
+
+    assert len(small) < 0.8 * len(raw)
+    before, after = (
+        messages.read(each, "q", accept=("application/json",), timezone=UTC) for each in (raw, small)
+    )
+    assert after.decoded == before.decoded == body
+    assert {name: value for name, value in before.headers.items() if value} == {
+        name: value for name, value in after.headers.items() if value
+    }
+    assert after.headers["ignore_result"] is False
+    assert after.envelope["properties"]["correlation_id"] == "i1"
