@@ -48,7 +48,7 @@ CALL_S: Final = 2.0
 IDLE_S: Final = 1.0
 """How often a worker asks what is due, where it knows of nothing that is due earlier."""
 
-BEAT_S: Final = 0.1
+BEAT_S: Final = 0.2
 """How long a batch waits for more to be due, and for more answers to be written at once."""
 
 PAUSE_S: Final = 0.1
