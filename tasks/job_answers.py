@@ -306,12 +306,9 @@ def request_of(
 
     The service's own headers and query stand above the message's.
     """
-    if "{" in path or body is not None or query:
-        if reference is None:
-            reference = reference_for(task_id)
-        filled = _filled(path, job_id, reference)
-    else:
-        filled = path
+    if reference is None and (body is not None or query or "{reference}" in path):
+        reference = reference_for(task_id)
+    filled = _filled(path, job_id, reference or "") if "{" in path else path
     if "/." in filled or "/%2" in filled:
         service.check_path(filled)
     if query:
