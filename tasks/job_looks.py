@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
+from collections import deque
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Final
 
 from celery.utils.log import get_logger
@@ -27,6 +28,13 @@ FACTS: Final = ("job_id", "reference", "waiting_since", "seen", "progress", "err
 
 TOGETHER_S: Final = 0.01
 """Answers that come within this time are handed over as one."""
+
+DEEPEST: Final = 8
+"""How many looks may be claimed for each that may be in flight, where the service answers quickly: a claim of
+many costs little more than one of few."""
+
+QUEUED_S: Final = 2.0
+"""How long a look may lie here until its turn comes, by the service's latest answers."""
 
 
 class JobFollower:
@@ -51,40 +59,54 @@ class JobFollower:
 
     def after_fork(self) -> None:
         self._open = 0
-        self._running: set[asyncio.Task[Seen]] = set()  # the loop itself holds tasks weakly only
+        self._queue: deque[tuple[Claimed, float, float, Done]] = deque()
+        self._lines: set[asyncio.Task[None]] = set()
+        self._took_s = QUEUED_S  # until it is known
         self._handing_over = False
         self._seen: list[tuple[Done, Seen]] = []
 
     def room(self) -> int:
-        """Return how many looks may begin: none waits for another, so that its lease is for its own time."""
-        return max(0, self.service.max_in_flight - self._open)
+        """Return how many looks may be claimed: so many that each has its turn within its lease."""
+        deep = max(1, min(DEEPEST, int(QUEUED_S / max(self._took_s, 0.001))))
+        return max(0, self.service.max_in_flight * deep - self._open)
 
     def start(self, claimed: Sequence[Claimed], now: float, done: Done) -> None:
-        """Ask about all of them at once."""
+        """Ask about all of them, as many at once as may be."""
         self._open += len(claimed)
         in_loop(self._begin(claimed, now, done))
 
     async def _begin(self, claimed: Sequence[Claimed], now: float, done: Done) -> None:
-        loop = asyncio.get_running_loop()
-        for one in claimed:
-            task = loop.create_task(self._look(one, now))
-            self._running.add(task)
-            task.add_done_callback(partial(self._ended, loop, one, done))
+        turn_until = time.monotonic() + SLACK_S / 2
+        self._queue.extend((one, now, turn_until, done) for one in claimed)
+        for _ in range(min(len(claimed), self.service.max_in_flight - len(self._lines))):
+            line = asyncio.create_task(self._work())
+            self._lines.add(line)  # the loop itself holds tasks weakly only
+            line.add_done_callback(self._lines.discard)
 
-    def _ended(self, loop: Any, claimed: Claimed, done: Done, finished: asyncio.Task[Seen]) -> None:
-        """In the loop: note what a look saw, and hand it over with those that end about now."""
-        self._running.discard(finished)
+    async def _work(self) -> None:
+        """Look at one after the other, as long as there are any."""
+        while self._queue:
+            claimed, now, turn_until, done = self._queue.popleft()
+            began = time.monotonic()
+            if began > turn_until:  # it may not be over within its lease: the next claim has it again
+                self._took_s = QUEUED_S
+                self._hand(done, Seen(claimed.task_id, claimed.epoch, "again", 0.0))
+                continue
+            try:
+                seen = await self._look(claimed, now)
+            except Exception:
+                log.exception("a look failed task_id=%s", claimed.task_id)
+                seen = Seen(claimed.task_id, claimed.epoch, "again", self.lease_s)
+            self._took_s += (time.monotonic() - began - self._took_s) / 8
+            self._hand(done, seen)
+
+    def _hand(self, done: Done, seen: Seen) -> None:
+        """Hand over what a look saw, with those that end about now."""
         self._open -= 1
-        if finished.cancelled() or finished.exception() is not None:
-            why = "cancelled" if finished.cancelled() else repr(finished.exception())
-            log.error("a look failed task_id=%s: %s", claimed.task_id, why)
-            seen = Seen(claimed.task_id, claimed.epoch, "again", self.lease_s)
-        else:
-            seen = finished.result()
         self._seen.append((done, seen))
         if not self._handing_over:
             self._handing_over = True
-            loop.call_later(TOGETHER_S, self._hand_over)
+            asyncio.get_running_loop().call_later(TOGETHER_S, self._hand_over)
 
     def _hand_over(self) -> None:
         self._handing_over = False
