@@ -260,7 +260,7 @@ def _collect_less_garbage(**_: Any) -> None:
     """Leave what was imported alone, and look at the rest less often: a twentieth of a busy worker's CPU."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000, 20, 20)
+    gc.set_threshold(50_000, 20, 20)
 
 
 @signals.worker_init.connect
