@@ -339,7 +339,8 @@ class TriggerRequest(_Request):
         With `wait`: the id of a task of the run whose XCom `return_value` becomes `DagRun.result`.
     stop_run
         With `wait`: when the waiting ends before the run does (`wait_timeout_s`, a cancel), set the run to
-        failed in Airflow, which ends its tasks.
+        failed in Airflow, which ends its tasks. A run that somebody else made, and that this request only
+        joined, is left alone.
     """
 
     dag_id: Annotated[str, Field(min_length=1, max_length=250), AfterValidator(_dag_id)]

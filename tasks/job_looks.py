@@ -41,6 +41,7 @@ class JobFollower:
     """The jobs of one service: as many at once as its `max_in_flight` says."""
 
     facts: tuple[str, ...] = FACTS
+    whole = True
 
     def __init__(self, service: Service) -> None:
         self.service = service

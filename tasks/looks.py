@@ -73,6 +73,8 @@ class Follower(Protocol):
     group: str
     lease_s: float
     facts: tuple[str, ...]
+    whole: bool
+    """Whether a look needs the message that is parked: a thousand of them may be a gigabyte of confs."""
 
     def room(self) -> int:
         """Return how many looks may be claimed now."""
@@ -201,7 +203,11 @@ def claim_due(waits: Waits, batch: _Batch) -> int:
         room = min(due, follower.room())
         if room > 0 and may_begin(follower.group):
             token, claimed = waits.claim_looks(
-                follower.group, lease_s=follower.lease_s, most=room, facts=follower.facts
+                follower.group,
+                lease_s=follower.lease_s,
+                most=room,
+                facts=follower.facts,
+                whole=follower.whole,
             )
             if claimed:
                 batch.begin(follower, token, claimed)
@@ -239,6 +245,8 @@ def followers() -> list[Follower]:
 
 class RunFollower:
     """The DAG runs of one Airflow: list calls, from a thread."""
+
+    whole = False
 
     def __init__(self, connection: str) -> None:
         from .airflow.run_looks import FACTS

@@ -93,6 +93,7 @@ class Airflow(Protocol):
     def find_run_by_logical_date(self, dag_id: str, logical_date: datetime) -> str | None: ...
     def clear_dag_run(self, dag_id: str, run_id: str) -> object: ...
     def set_note(self, dag_id: str, run_id: str, note: str) -> object: ...
+    def fail_dag_run(self, dag_id: str, run_id: str) -> object: ...
     def get_xcom(self, dag_id: str, run_id: str, task_id: str) -> Any: ...
 
 
@@ -124,9 +125,8 @@ class TriggerTask(RelayTask):
             look_up_later(request.id, found.dag_id, found.dag_run_id, connection)
             request.request_dict["unsure"] = True
         if request.kwargs.get("stop_run") is True:
-            stop_later(
-                request.id, found.dag_id, found.dag_run_id, connection, known_ours=found.run is not None
-            )
+            ours = found.run is not None and is_ours(found.run)
+            stop_later(request.id, found.dag_id, found.dag_run_id, connection, known_ours=ours)
 
 
 @app.task(name=TRIGGER_DAG, bind=True, base=TriggerTask)
@@ -249,7 +249,7 @@ def _come_back(task: Any, request: TriggerRequest, found: Record, airflow: Airfl
         if left_s > 0:
             records().attempt_failed(task.request.id, str(exc))
             raise _retry(task, exc, min(left_s, _backoff_of(task, exc))) from exc
-        _end_overdue(task, request, run, airflow)
+        _end_overdue(task, request, run, None)  # nobody knows whether it has ended meanwhile
     if view is None:
         raise DagRunGone(run.dag_id, run.dag_run_id)
     if view.state == "failed" and found.progress == STOPPING:
@@ -274,11 +274,22 @@ def just_ended(seen: Sequence[Any]) -> str | None:
     return str(state) if -TRUSTED_S < time.time() - at < TRUSTED_S else None
 
 
-def _end_overdue(task: Any, request: TriggerRequest, run: DagRun, airflow: Any) -> NoReturn:
-    """Raise DagRunOverdue, after the run was stopped if the request says so."""
+def is_ours(run: Mapping[str, Any]) -> bool:
+    """Tell whether a request made (or cleared) its run, or joined one that somebody else had made."""
+    return bool(run.get("created") or run.get("cleared"))
+
+
+def _end_overdue(task: Any, request: TriggerRequest, run: DagRun, airflow: Airflow | None) -> NoReturn:
+    """Raise DagRunOverdue, after the run was stopped if the request says so and the run is its own.
+
+    Without an Airflow that was just asked for the run's state, it is stopped later, unless it has ended.
+    """
     stopped = False
-    if request.stop_run:
+    if request.stop_run and is_ours(run.to_message()):
         waits().learn(task.request.id, "overdue: the run is set to failed", progress=STOPPING)
+        if airflow is None:
+            stop_later(task.request.id, run.dag_id, run.dag_run_id, request.connection, known_ours=True)
+            raise DagRunOverdue(run.dag_id, run.dag_run_id, request.wait_timeout_s, run.url, False)
         try:
             airflow.fail_dag_run(run.dag_id, run.dag_run_id)
             stopped = True

@@ -130,6 +130,11 @@ ATTEMPT_FAILED: Final = Script(
 local record = KEYS[1]
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1e6
+local known = redis.call('HMGET', record, 'state', 'attempts', 'due_at', 'unsure')
+if known[1] == 'done' or known[1] == 'failed' or known[1] == 'cancelled' then  -- by another copy: it stands
+  local age = now - tonumber(known[3] or now)
+  return {tonumber(known[2] or 0), string.format('%.3f', age), '0', known[4] or '0'}
+end
 redis.call('HSETNX', record, 'state', 'accepted')
 redis.call('HSETNX', record, 'accepted_at', string.format('%.6f', now))
 redis.call('HSETNX', record, 'due_at', string.format('%.6f', now))

@@ -243,10 +243,11 @@ return woken
 """
 )
 
-# Claim looks that are due. KEYS: the group's looks. ARGV: seconds of the lease, how many at the most, the
-# record's fields to return. Returns the token, then for each one text with NUL between its parts (to read one
-# text costs a client a tenth of reading ten): id, seconds late, the fields ('' for none), the parked value.
-# A look belongs to the wait that asked for it: where a deadline ended that, and a retry is parked, it goes.
+# Claim looks that are due. KEYS: the group's looks. ARGV: seconds of the lease, how many at the most, whether
+# the messages are wanted (0/1), the record's fields to return. Returns the token, then for each one text with
+# NUL between its parts (to read one text costs a client a tenth of reading ten): id, seconds late, the fields
+# ('' for none), the parked value. A look belongs to the wait that asked for it: where a deadline ended that,
+# and a retry is parked, it goes.
 CLAIM_LOOKS: Final = Script(
     _COMMON
     + """
@@ -257,14 +258,14 @@ redis.call('ZREM', KEYS[1], '')  -- nothing: a deletion first, so that looks go 
 for i = 1, #ids, 2 do
   local id = ids[i]
   local value = redis.call('HGET', 'dagrelay:parked', id)
-  local facts = redis.call('HMGET', 'dagrelay:record:' .. id, 'retried', 'next_at', unpack(ARGV, 3))
+  local facts = redis.call('HMGET', 'dagrelay:record:' .. id, 'retried', 'next_at', unpack(ARGV, 4))
   if value and not facts[2] and facts[1] and tonumber(facts[1]) == epoch_of(value) then
     redis.call('ZADD', KEYS[1], token, id)
     local parts = {id, string.format('%.3f', now - ids[i + 1])}
-    for fact = 3, #ARGV do
-      parts[#parts + 1] = facts[fact] and string.gsub(facts[fact], '%z', ' ') or ''
+    for fact = 4, #ARGV do
+      parts[#parts + 1] = facts[fact - 1] and string.gsub(facts[fact - 1], '%z', ' ') or ''
     end
-    parts[#parts + 1] = value
+    parts[#parts + 1] = ARGV[3] == '1' and value or epoch_of(value) .. '\0\0\0'
     answer[#answer + 1] = table.concat(parts, '\\0')
   else
     redis.call('ZREM', KEYS[1], id)
@@ -577,10 +578,10 @@ class Waits:
         return bool(LEARN.run(self._client, (record_key(task_id),), (task_id, words, *pairs)))
 
     def claim_looks(
-        self, group: str, *, lease_s: float, most: int, facts: Sequence[str]
+        self, group: str, *, lease_s: float, most: int, facts: Sequence[str], whole: bool = True
     ) -> tuple[str, list[Claimed]]:
-        """Claim looks that are due; return the token and the looks."""
-        answer = CLAIM_LOOKS.run(self._client, (looks_key(group),), (lease_s, most, *facts))
+        """Claim looks that are due; return the token and the looks, with their messages if `whole`."""
+        answer = CLAIM_LOOKS.run(self._client, (looks_key(group),), (lease_s, most, int(whole), *facts))
         claimed = []
         for text in answer[1:]:
             raw_id, late, *rest, epoch, _, _, message = _bytes(text).split(b"\0", len(facts) + 5)

@@ -40,6 +40,9 @@ log = get_logger("redis_transport")
 BUDGET_S: Final = 900.0
 """How long a task may run by default. Ours need less than one minute."""
 
+REVOKED_MOST: Final = 1_000_000
+REVOKED_S: Final = 14 * 86_400.0
+
 BUDGET_CHECK_S: Final = 10.0
 EXIT_STUCK: Final = 70
 """EX_SOFTWARE: what the process ends with when a task is stuck."""
@@ -63,6 +66,9 @@ def install(app: Celery[Any], *, budget_s: float = BUDGET_S) -> None:
 
 def _on_celeryd_init(instance: Any, **_: Any) -> None:
     register()
+    # What somebody asked to cancel is in Redis for two weeks, and read from there once. Celery's own limits
+    # (50,000, three hours) would forget it while its message still lies in a queue.
+    worker_state.revoked.maxlen, worker_state.revoked.expires = REVOKED_MOST, REVOKED_S
     # Not by a transport option: `inspect stats` and Flower get those as JSON.
     transport.Channel.timezone = instance.app.timezone
 

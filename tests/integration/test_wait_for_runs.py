@@ -190,6 +190,15 @@ def test_the_deadline_ends_the_waiting_and_the_run_only_where_asked(stop_run, re
     assert airflow.runs[RUN]["state"] == ("failed" if stop_run else "queued")
 
 
+def test_a_run_that_somebody_else_made_is_not_stopped_by_one_who_joined_it(relay, airflow, worker):
+    airflow.make(*RUN, state="running")
+    handle = relay.enqueue(request(wait_timeout_s=0.5, stop_run=True))
+
+    with pytest.raises(DagRunOverdue, match="it goes on"):
+        handle.get(timeout=10)
+    assert airflow.runs[RUN]["state"] == "running"
+
+
 def test_an_end_at_the_deadline_counts(relay, airflow, worker, waits, parked):
     """The looks see nothing of it: the last question does."""
     handle = relay.enqueue(request(wait_timeout_s=0.7))

@@ -425,3 +425,20 @@ def test_keys_with_a_prefix_have_it_once_where_a_cancelled_message_is_sent_on(lo
         producer.publish([[], {}, {}], routing_key=QUEUE, headers=headers, serializer="json")
     (raw,) = lot.redis.lrange(keys.queue(QUEUE), 0, -1)
     assert json.loads(raw)["headers"]["parked_revoked"] is True
+
+
+def test_a_look_may_be_claimed_without_its_message(lot: Lotful):
+    """A thousand runs are asked for by their records; their messages may hold a gigabyte of confs."""
+    lot.wait(look=GROUP)
+    _, (look,) = lot.waits.claim_looks(GROUP, lease_s=9, most=9, facts=("look",), whole=False)
+    assert (look.task_id, look.epoch, look.message, look.facts) == ("t", 1, b"", (GROUP,))
+
+
+def test_a_failed_attempt_of_an_older_copy_changes_nothing_about_an_end(lot: Lotful):
+    lot.store("done")
+    before = lot.redis.hgetall(record_key("t"))
+
+    lot.records.attempt_failed("t", "no answer", unsure=True)
+
+    assert lot.redis.hgetall(record_key("t")) == before
+    assert not lot.waits.history("t")
