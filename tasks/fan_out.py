@@ -489,14 +489,21 @@ def _parts(store: FanOuts, fan_out_id: str, state: FanOutState) -> dict[str, lis
     return parts
 
 
-def _break(fan_out_id: str, missing: int, requests: Sequence[str], reason: str) -> None:
-    """End a fan-out that can never complete, and what was lost with it."""
+def _break(fan_out_id: str, missing: int, lost: Sequence[str], reason: str) -> None:
+    """End a fan-out that can never complete, and what was lost with it.
+
+    So does all that its chunks have not begun: with the fan-out goes what they would read. It ends last, so
+    that what is left undone here is found by the next look.
+    """
     broken = FanOutBroken(fan_out_id, missing, reason)
     log.error("fan-out broken id=%s: %s", fan_out_id, broken)
-    open_ones = fan_outs().unended(requests)
-    backend().end(fan_out_id, states.FAILURE, broken)
-    for task_id in open_ones:
+    store = fan_outs()
+    store.stop(fan_out_id, str(broken))
+    ids = [task_id for some in store.open_chunks(fan_out_id).values() for task_id in some]
+    unbegun = [task_id for task_id, outside in store.unended(ids).items() if not outside]
+    for task_id in {**dict.fromkeys(unbegun), **store.unended(lost)}:
         backend().end(task_id, states.FAILURE, broken)
+    backend().end(fan_out_id, states.FAILURE, broken)
 
 
 _ID = re.compile(rb'"id": ?"([^"\\]{1,200})"')

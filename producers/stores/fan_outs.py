@@ -400,8 +400,7 @@ class FanOuts:
 
         The rest ends by the first alone. Returns False, and does nothing, if it has ended.
         """
-        keys = (fan_out_key(fan_out_id), record_key(fan_out_id))
-        if not STOP.run(self._client, keys, (ASKED_BY + by,)):
+        if not self.stop(fan_out_id, ASKED_BY + by):
             return False
         for task_ids in self.open_chunks(fan_out_id).values():
             outside = [task_id for task_id, left in self.unended(task_ids).items() if left]
@@ -410,6 +409,10 @@ class FanOuts:
         return True
 
     # What workers do
+
+    def stop(self, fan_out_id: str, why: str) -> bool:
+        """Start nothing more of it, for the first reason that was given; False if it has ended."""
+        return bool(STOP.run(self._client, (fan_out_key(fan_out_id), record_key(fan_out_id)), (why,)))
 
     def send_once(self, fan_out_id: str, mark: str, messages: Sequence[tuple[str, bytes]]) -> bool:
         """Push messages to their queues, once for this mark; tell whether it was now."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from celery import Celery
 from celery.canvas import Signature
 from redis import Redis
 
+import tests.import_tasks  # noqa: F401 - before anything of the workers
 from local.process import ROOT, PartFailed, Process, clean_env
 from local.valkey import Valkey
 from producers.client import RelayClient
@@ -36,6 +38,9 @@ from producers.stores.fan_outs import (
     watch_id,
 )
 from producers.stores.records import RESULT_PREFIX, record_key, store
+from tasks import fan_out as worker_side
+from tasks.app import app
+from tasks.results import NotHandedOver
 from tests.fake_airflow import FakeAirflow
 from tests.integration.conftest import Shared
 from tests.integration.test_trigger import until
@@ -451,6 +456,46 @@ def test_a_held_connection_is_asked_nothing(relay, airflow, worker):
     for handle in fan.handles:
         relay.waits.wake([handle.id])
     assert {one.state for one in fan.get(timeout=20)} == {"done"}
+
+
+@pytest.fixture
+def inside(relay: RelayClient, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """What a worker does for fan-outs, done in this process with the test's Valkey."""
+    monkeypatch.setitem(app.backend.__dict__, "client", relay.redis)
+    return worker_side
+
+
+def test_with_a_broken_fan_out_ends_what_its_chunks_have_not_begun(inside, valkey, relay):
+    fan = fan_out(many(250), relay=relay)
+    store = FanOuts(relay.redis)
+    outside, lost = fan.handles[3], fan.handles[4]
+    store.leave(fan.id, 0, "elsewhere", [(one.id, b"{}") for one in (outside, lost)])
+
+    inside._break(fan.id, 250, [lost.id], "a part is lost")
+
+    assert fan.state == "failed"
+    assert outside.state == "accepted"
+    assert {one.record().error for one in fan.handles if one is not outside} == {"FanOutBroken"}
+
+
+def test_what_a_watch_that_died_left_of_a_broken_fan_out_is_found_by_the_next(
+    inside, valkey, relay, monkeypatch
+):
+    fan = fan_out(many(3), relay=relay)
+    real, ends = app.backend.end, []
+
+    def end_two(task_id: str, *args: Any) -> bool:
+        ends.append(task_id)
+        if len(ends) > 2:
+            raise NotHandedOver("gone")
+        return real(task_id, *args)
+
+    monkeypatch.setattr(app.backend, "end", end_two)
+    with pytest.raises(NotHandedOver):
+        inside._break(fan.id, 3, [], "a part is lost")
+
+    assert fan.state == "accepted"
+    assert FanOuts(relay.redis).open_chunks(fan.id) == {0: [one.id for one in fan.handles]}
 
 
 def test_an_unknown_outcome_that_is_corrected_in_time_is_told_corrected(valkey, relay):
