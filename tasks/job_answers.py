@@ -158,6 +158,8 @@ class Rules(NamedTuple):
     max_interval_s: float
     jitter: float
     max_errors: int
+    plain: bool
+    """Whether the result is a field of the answer, so that it is no larger than the answer."""
 
     def pause_s(self, waited_s: float, retry_after_s: float | None = None, at_least_s: float = 0.0) -> float:
         """Return the pause before the next look, with jitter, when it has been waited for `waited_s`."""
@@ -199,6 +201,7 @@ def _rules(*given: Any) -> Rules:
     values = {
         name: _DEFAULTS[name] if value is None else value for name, value in zip(_RULES, given, strict=True)
     }
+    values["plain"] = values["result"] is None or _NAME.match(values["result"]) is not None
     for name in ("state", "result", "progress", "reason"):
         values[name] = values[name] and reader(values[name])
     for name in ("success", "failure"):
@@ -372,9 +375,9 @@ def read_look(look: Look, response: HttpResponse) -> Observed:
         found = read_answer(look.rules, value, look.service)
         if found.kind == "nonsense":
             return found._replace(words=_kept(look.service, found.words, response))
-        if found.result is not None and len(response.body) > MAX_RESULT_BYTES:
-            return _sized(found)
-        return found
+        if found.result is None or (look.rules.plain and len(response.body) <= MAX_RESULT_BYTES):
+            return found
+        return _sized(found)
     if status in look.rules.gone:
         words = f"it answered {status}"
         if look.fresh:
@@ -532,21 +535,64 @@ def _nonsense(service: Service, field: str, words: str, response: HttpResponse) 
 
 
 def _sized(found: Observed) -> Observed:
-    size = len(json.dumps(found.result, ensure_ascii=False).encode("utf-8", "replace"))
-    if size <= MAX_RESULT_BYTES:
-        return found
-    words = f"is {size} bytes as JSON, over the limit of {MAX_RESULT_BYTES}"
+    if _fits(found.result, MAX_RESULT_BYTES):
+        try:
+            text = json.dumps(found.result, ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError):
+            return Observed("unreadable", found.state, words="is nothing that JSON can hold", field="result")
+        if len(text.encode("utf-8", "replace")) <= MAX_RESULT_BYTES:
+            return found
+    words = f"is over the limit of {MAX_RESULT_BYTES} bytes as JSON"
     return Observed("unreadable", found.state, words=words, field="result")
 
 
+def _fits(value: Any, most_bytes: int) -> bool:
+    """Tell whether a value may be written as JSON at all: whether it has not more parts than bytes.
+
+    An expression of a few characters (``[@,@]|[@,@]|…``) makes a value that is small in memory, as its parts
+    are shared, and without end as JSON.
+    """
+    size, rest = 0, [value]
+    while rest:
+        one = rest.pop()
+        if isinstance(one, list | dict):
+            size += 2 * len(one)
+        else:
+            size += len(one) if isinstance(one, str) else 1
+        if size > most_bytes:
+            return False
+        if isinstance(one, list):
+            rest += one
+        elif isinstance(one, dict):
+            rest += one
+            rest += one.values()
+    return True
+
+
+_parts_of = json.JSONEncoder(ensure_ascii=False, check_circular=False).iterencode
+
+
+def _begun(value: Any, most: int) -> str:
+    """Return the first characters of a value as JSON, at most so many; the rest is not written at all."""
+    if isinstance(value, int | float):
+        return json.dumps(value)[:most]
+    parts, size = [], 0
+    for part in _parts_of(value):
+        parts.append(part)
+        size += len(part)
+        if size >= most:
+            break
+    return "".join(parts)[:most]
+
+
 def _quietly(read: Read | None, value: Any) -> str:
-    """Return what an expression finds as a text; "" where it finds nothing, or fails."""
+    """Return what an expression finds as a text, up to what is searched for secrets; "" for nothing."""
     if read is None:
         return ""
     try:
         found = read(value)
+        if found is None:
+            return ""
+        return found[:FIND_SCANNED] if isinstance(found, str) else _begun(found, FIND_SCANNED)
     except Exception:  # noqa: BLE001 - it is there to be shown, no more
         return ""
-    if found is None:
-        return ""
-    return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)

@@ -269,7 +269,7 @@ def test_a_result_over_the_limit_is_a_failure_that_says_so():
 
     assert fits.kind == "done"
     assert (large.kind, large.field) == ("unreadable", "result")
-    assert f"{MAX_RESULT_BYTES + 2} bytes" in large.words
+    assert f"over the limit of {MAX_RESULT_BYTES} bytes" in large.words
     assert large.result is None
 
 
@@ -399,3 +399,21 @@ def test_words_are_cut_at_whole_characters():
     assert short("é" * 150) == "é" * 100
     assert short("a\nb\tc  d") == "a b c d"
     assert short("\ud800x") == "x"
+
+
+@pytest.mark.parametrize("body", [{"state": "done", "x": 1}, {"state": "failed"}, {"state": "running"}])
+def test_a_value_that_is_small_in_memory_and_endless_as_json_is_never_written_out(body):
+    endless = "|".join(["[@,@]"] * 100)
+
+    found = read_look(look(result=endless, reason=endless, progress=endless), answer(body))
+
+    assert len(json.dumps(End.of(found).to_json())) < 1000
+    if body["state"] == "done":
+        assert (found.kind, found.field) == ("unreadable", "result")
+        assert f"over the limit of {MAX_RESULT_BYTES}" in found.words
+
+
+def test_a_result_that_json_cannot_hold_ends_the_job_as_unreadable():
+    found = read_look(look(result="&x"), answer({"state": "done"}))
+
+    assert (found.kind, found.field, found.words) == ("unreadable", "result", "is nothing that JSON can hold")
