@@ -175,7 +175,8 @@ return {attempts, string.format('%.3f', age), string.format('%.3f', missing),
 
 # What the end of one request means for the fan-out that it is part of (see `fan_outs`): its outcome is kept
 # and counted, once. One that has a message of its own is waited for by its chunk's task, which is sent on
-# with the last of them, or finds a line in its mailbox when it comes to park.
+# with the last of them, or finds a line in its mailbox when it comes to park. `outside`: the record of such a
+# one, whose field goes as it is counted off, so that this is done once.
 PART_ENDED: Final = (
     """
 local function part_ended(fan_out, part, state, outcome, outside, corrected)
@@ -183,19 +184,19 @@ local function part_ended(fan_out, part, state, outcome, outside, corrected)
   local about = redis.call('HMGET', key, 'total', 'over', 'on_error')
   if not about[1] or about[2] then return end
   local chunk, place = string.match(part, '^(%d+) (%d+)$')
-  if redis.call('HSETNX', key .. ':outcomes', place, outcome) == 0 then
-    if corrected then  -- the state that it had
-      redis.call('HSET', key .. ':outcomes', place, outcome)
-      redis.call('HINCRBY', key, corrected, -1)
+  if redis.call('HSETNX', key .. ':outcomes', place, outcome) == 1 then
+    redis.call('HINCRBY', key, 'ended', 1)
+    if state ~= 'done' then redis.call('HINCRBY', key, state, 1) end
+    if state == 'failed' and about[3] == 'stop' then
+      redis.call('HSETNX', key, 'stopped', 'stopped: an earlier request failed')
     end
+  elseif corrected then  -- the state that it had
+    redis.call('HSET', key .. ':outcomes', place, outcome)
+    redis.call('HINCRBY', key, corrected, -1)
     return
   end
-  redis.call('HINCRBY', key, 'ended', 1)
-  if state ~= 'done' then redis.call('HINCRBY', key, state, 1) end
-  if state == 'failed' and about[3] == 'stop' then
-    redis.call('HSETNX', key, 'stopped', 'stopped: an earlier request failed')
-  end
-  if outside and redis.call('HINCRBY', key, 'outside:' .. chunk, -1) == 0 then
+  if outside and redis.call('HDEL', outside, 'outside') == 1
+    and redis.call('HINCRBY', key, 'outside:' .. chunk, -1) == 0 then
     local id = fan_out .. '.' .. chunk
     local value = redis.call('HGET', 'dagrelay:parked', id)
     if value then
@@ -268,7 +269,8 @@ else
   if ARGV[6] == '1' then redis.call('HDEL', record, 'error', 'error_args') end
   redis.call('HDEL', record, 'next_at')
   redis.call('EXPIRE', record, ARGV[5])
-  local waited = redis.call('HMGET', record, 'waits_for', 'look', 'cancel_by', 'fan_out', 'part', 'outside')
+  local waited = redis.call('HMGET', record, 'waits_for', 'look', 'cancel_by', 'fan_out', 'part', 'outside',
+    'wake_keys')
   local id = string.sub(record, 17)
   redis.call('DEL', 'dagrelay:seen:' .. id)
   redis.call('ZREM', 'dagrelay:cancelled', id)
@@ -277,8 +279,11 @@ else
     redis.call('ZREM', 'dagrelay:due', id)
   end
   if waited[2] and waited[2] ~= '' then redis.call('ZREM', 'dagrelay:looks:' .. waited[2], id) end
+  if waited[7] then
+    for key in string.gmatch(waited[7] .. '\\0', '(%Z*)%z') do redis.call('ZREM', 'dagrelay:wake:' .. key, id) end
+  end
   if waited[4] and waited[5] then
-    part_ended(waited[4], waited[5], ARGV[3], outcome_of(record, id, ARGV[3]), waited[6],
+    part_ended(waited[4], waited[5], ARGV[3], outcome_of(record, id, ARGV[3]), waited[6] and record,
       ARGV[6] == '1' and state)
   elseif waited[4] then
     local key = 'dagrelay:fan-out:' .. id
