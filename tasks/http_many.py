@@ -94,6 +94,8 @@ class ManySender:
     """Sends requests to one server, up to `in_flight` at once; further ones wait for their turn.
 
     `base_url`, the times, `verify` and the proxies of the environment are those of `tasks.http.HttpSender`.
+    An answer may have `max_answer_bytes`, or as many as `tasks.http` takes; that many may be in memory for
+    each of those in flight.
     """
 
     def __init__(
@@ -104,10 +106,12 @@ class ManySender:
         read_timeout_s: float = READ_TIMEOUT_S,
         verify: bool | str = True,
         in_flight: int = 64,
+        max_answer_bytes: int | None = None,
     ) -> None:
         self.base_url = base_url.rstrip("/")
         self.connect_timeout_s, self.read_timeout_s = connect_timeout_s, read_timeout_s
         self.in_flight = in_flight
+        self._max_answer_bytes = max_answer_bytes
         parts = urlsplit(self.base_url)
         self._server = parts.netloc.rpartition("@")[2]
         self._tls = _tls(verify) if parts.scheme == "https" else False
@@ -157,6 +161,7 @@ class ManySender:
             in_loop(session.close()).result(5)
 
     async def _exchange(self, session: aiohttp.ClientSession, request: HttpRequest) -> HttpResponse:
+        most = http.MAX_ANSWER_BYTES if self._max_answer_bytes is None else self._max_answer_bytes
         read_timeout_s = request.timeout_s if request.timeout_s is not None else self.read_timeout_s
         exchange = None
         try:
@@ -171,11 +176,11 @@ class ManySender:
                     allow_redirects=False,
                     proxy=self._proxy,
                 ) as answer:
-                    body = await _read(answer)
+                    body = await _read(answer, most)
                     headers = {name.lower(): value for name, value in answer.headers.items()}
                     return HttpResponse(answer.status, headers, body)
         except _TooLarge:
-            reason = f"the answer is larger than {http.MAX_ANSWER_BYTES // 1_000_000} MB"
+            reason = f"the answer is larger than {most // 1_000_000} MB"
         except TimeoutError:
             reason = (
                 f"no complete answer within {read_timeout_s:g} s"
@@ -229,19 +234,15 @@ class _TooLarge(Exception):
     pass
 
 
-async def _read(answer: aiohttp.ClientResponse) -> bytes:
-    """Read the whole body, up to the limit; the size counts after decompression."""
+async def _read(answer: aiohttp.ClientResponse, most: int) -> bytes:
+    """Read the whole body of at most so many bytes; the size counts after decompression."""
     length = answer.content_length
-    if (
-        length is not None
-        and length <= min(65_536, http.MAX_ANSWER_BYTES)
-        and "Content-Encoding" not in answer.headers
-    ):
+    if length is not None and length <= min(65_536, most) and "Content-Encoding" not in answer.headers:
         return await answer.read()
     parts, size = [], 0
     async for part in answer.content.iter_chunked(65_536):
         size += len(part)
-        if size > http.MAX_ANSWER_BYTES:
+        if size > most:
             raise _TooLarge
         parts.append(part)
     return b"".join(parts)

@@ -36,6 +36,9 @@ many costs little more than one of few."""
 QUEUED_S: Final = 2.0
 """How long a look may lie here until its turn comes, by the service's latest answers."""
 
+MAX_ANSWER_BYTES: Final = 4_000_000
+"""The largest answer to a look. A result may have 1 MB; up to a thousand looks are in flight in a process."""
+
 
 class JobFollower:
     """The jobs of one service: as many at once as its `max_in_flight` says."""
@@ -54,6 +57,7 @@ class JobFollower:
             read_timeout_s=service.read_timeout_s,
             verify=service.trusts,
             in_flight=service.max_in_flight,
+            max_answer_bytes=MAX_ANSWER_BYTES,
         )
         self.after_fork()
         reset_after_fork(self)

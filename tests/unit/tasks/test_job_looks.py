@@ -1,0 +1,78 @@
+"""Looks at a service's jobs: each is done once, and none takes more of the worker than it may."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from producers.stores.waits import Claimed, Seen
+from tasks.job_looks import MAX_ANSWER_BYTES, JobFollower
+from tasks.services import Service
+
+
+class Answers(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        more = "x" * MAX_ANSWER_BYTES if "large" in self.path else ""
+        body = json.dumps({"state": "done", "more": more}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def claimed(job_id: str) -> Claimed:
+    kwargs = {"service": "train", "path": "/jobs/{job_id}", "job_id": job_id}
+    message = json.dumps({"body": json.dumps([[], kwargs, {}])}).encode()
+    return Claimed(job_id, 0.0, 1, message, (job_id, None, "0", None, None, None))
+
+
+class Batches:
+    """Collects what looks have seen, over several batches."""
+
+    def __init__(self, follower: JobFollower) -> None:
+        self.seen: list[Seen] = []
+        self._follower, self._changed = follower, threading.Condition()
+
+    def done(self, seen: Sequence[Seen]) -> None:
+        with self._changed:
+            self.seen += seen
+            self._changed.notify_all()
+
+    def start(self, *job_ids: str) -> None:
+        self._follower.start([claimed(job_id) for job_id in job_ids], 1.0, lambda seen: self.done(seen))
+
+    def wait_for(self, count: int) -> list[Seen]:
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.seen) >= count, 10)
+            return list(self.seen)
+
+
+def test_an_answer_that_is_far_larger_than_any_result_is_not_read(address):
+    batches = Batches(JobFollower(Service("train", address)))
+
+    batches.start("large", "small")
+    by_job = {one.task_id: one for one in batches.wait_for(2)}
+
+    assert by_job["small"].verb == "wake"
+    assert by_job["large"].verb == "error"
+    assert "larger than 4 MB" in by_job["large"].second
