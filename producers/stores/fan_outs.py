@@ -181,7 +181,8 @@ for i = 4, #ARGV do
   local record = 'dagrelay:record:' .. ARGV[i]
   local known = redis.call('HMGET', record, 'state', 'outside')
   local state = known[1]
-  if state == 'done' or state == 'failed' or state == 'cancelled' then
+  if state == 'done' or state == 'failed' or state == 'cancelled'
+    or redis.call('HEXISTS', KEYS[1] .. ':outcomes', ARGV[3] + i - 4) == 1 then  -- its record may be gone
     letters[#letters + 1] = 'e'
   else
     if not state then  -- it has expired: nobody worked for weeks
@@ -227,7 +228,7 @@ for i = 4, #ARGV, 2 do
     if known[2] and known[3] then
       local outcome = '{"id":"' .. id .. '","dag_id":"' .. (known[5] or '') .. '","dag_run_id":"'
         .. (known[6] or '') .. '","state":"done","run":' .. run .. ',"error":null,"reason":null}'
-      part_ended(known[2], known[3], 'done', outcome, known[4], false)
+      part_ended(known[2], known[3], 'done', outcome, known[4] and record, false)
     end
     redis.call('PUBLISH', result, meta)
     ended = ended + 1

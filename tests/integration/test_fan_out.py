@@ -498,6 +498,37 @@ def test_what_a_watch_that_died_left_of_a_broken_fan_out_is_found_by_the_next(
     assert FanOuts(relay.redis).open_chunks(fan.id) == {0: [one.id for one in fan.handles]}
 
 
+def test_a_request_whose_record_has_expired_since_its_end_is_not_begun_again(valkey, relay):
+    fan = fan_out(many(3), relay=relay)
+    gone = fan.handles[1]
+    store(relay.redis, gone.id, result="{}", result_ttl_s=60, state="done", found={"run": "{}"})
+    relay.redis.delete(record_key(gone.id))
+
+    begun = FanOuts(relay.redis).begin(fan.id, 0)
+
+    assert [letter for _, _, letter in begun.items] == ["f", "e", "f"]
+    assert not relay.redis.exists(record_key(gone.id))
+
+
+def test_one_that_ends_a_second_time_is_not_waited_for_any_more(valkey, relay):
+    fan = fan_out(many(2), relay=relay)
+    first, second = (handle.id for handle in fan.handles)
+    fan_outs = FanOuts(relay.redis)
+    end = {"result": "{}", "result_ttl_s": 60, "state": "done", "found": {"run": "{}"}}
+    store(relay.redis, first, **end)
+    relay.redis.hdel(record_key(first), "state")  # as after weeks, when it was begun again
+    fan_outs.leave(fan.id, 0, "elsewhere", [(first, b"{}"), (second, b"{}")])
+    assert fan_outs.close(fan.id, 0, all_begun=True) == 2
+
+    store(relay.redis, first, **end)
+    store(relay.redis, first, **end)
+
+    assert fan_outs.close(fan.id, 0, all_begun=True) == 1
+    store(relay.redis, second, **end)
+    assert fan_outs.close(fan.id, 0, all_begun=True) == 0
+    assert fan_outs.get(fan.id).ended == 2
+
+
 def test_an_unknown_outcome_that_is_corrected_in_time_is_told_corrected(valkey, relay):
     fan = fan_out(many(2), relay=relay)
     first = fan.handles[0]
