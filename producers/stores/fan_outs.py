@@ -163,12 +163,14 @@ return 1
 )
 
 # Push messages once. KEYS: the fan-out, the record. ARGV: the mark, then queue list and message in turn.
-# Nothing is done where the mark is there, or the fan-out has ended.
+# Nothing is done where the mark is there, or the fan-out has ended. The mark comes last: a push that fails (a
+# key of another type) leaves none.
 SEND_ONCE: Final = Script("""
 local state = redis.call('HGET', KEYS[2], 'state')
 if not state or state == 'done' or state == 'failed' or state == 'cancelled' then return 0 end
-if redis.call('HSETNX', KEYS[1], ARGV[1], '1') == 0 then return 0 end
+if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 1 then return 0 end
 for i = 2, #ARGV, 2 do redis.call('LPUSH', ARGV[i], ARGV[i + 1]) end
+redis.call('HSET', KEYS[1], ARGV[1], '1')
 return 1
 """)
 

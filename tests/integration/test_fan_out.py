@@ -19,6 +19,7 @@ import pytest
 from celery import Celery
 from celery.canvas import Signature
 from redis import Redis
+from redis.exceptions import ResponseError
 
 import tests.import_tasks  # noqa: F401 - before anything of the workers
 from local.process import ROOT, PartFailed, Process, clean_env
@@ -527,6 +528,19 @@ def test_one_that_ends_a_second_time_is_not_waited_for_any_more(valkey, relay):
     store(relay.redis, second, **end)
     assert fan_outs.close(fan.id, 0, all_begun=True) == 0
     assert fan_outs.get(fan.id).ended == 2
+
+
+def test_what_could_not_be_pushed_is_not_marked_as_sent(valkey, relay):
+    fan = fan_out(many(1), relay=relay)
+    relay.redis.set("theirs", "no list")
+    with pytest.raises(ResponseError, match="WRONGTYPE"):
+        FanOuts(relay.redis).send_once(fan.id, "then_sent", [("theirs", b"{}")])
+    relay.redis.delete("theirs")
+
+    sent = [FanOuts(relay.redis).send_once(fan.id, "then_sent", [("theirs", b"{}")]) for _ in range(2)]
+
+    assert sent == [True, False]
+    assert relay.redis.llen("theirs") == 1
 
 
 def test_an_unknown_outcome_that_is_corrected_in_time_is_told_corrected(valkey, relay):
