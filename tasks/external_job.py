@@ -11,8 +11,10 @@ there.
 
 from __future__ import annotations
 
+import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -59,6 +61,8 @@ log = get_logger("dagrelay.job")
 TELL_SERVICE: Final = "tasks.tell_service"
 
 FIND_EVERY_S: Final = 5.0
+PLACE_WAIT_S: Final = 0.05
+PLACE_CAP_S: Final = 10.0
 TELL_TRIES: Final = 8
 """With growing pauses up to 20 s: about a minute."""
 
@@ -88,13 +92,13 @@ class PollTask(RelayTask):
         found = records().get(request.id)
         if found is None or found.ended or not (found.job_id or found.submitting_at):
             return
+        if not found.job_id:
+            request.request_dict["unsure"] = True
         try:
-            told = PollRequest.from_message(request.kwargs)
+            told = PollRequest.from_message(with_body(tuple(request.args or ()), request.kwargs))
         except (InvalidRequest, TypeError):
             return
         tell_later(request.id, told, found.job_id)
-        if not found.job_id:
-            request.request_dict["unsure"] = True
 
 
 @app.task(name=POLL_EXTERNAL_JOB, bind=True, base=PollTask)
@@ -111,9 +115,13 @@ def poll_external_job(self: Any, *before: Any, **message: Any) -> dict[str, Any]
     message = with_body(before, message)
     request = PollRequest.from_message(message)
     job = take_up(self, request, message)
-    if job.job_id is None and request.submit is not None:
-        job = replace(job, job_id=submitted(job, request.submit))
-    return follow(job)
+    try:
+        if job.job_id is None and request.submit is not None:
+            with a_place_at(job.service):
+                job = replace(job, job_id=submitted(job, request.submit))
+        return follow(job)
+    except NoPlace as exc:
+        raise retry(self, exc, 0.2 + backoff_s(self.request.retries, cap_s=PLACE_CAP_S)) from exc
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,6 +329,32 @@ def attach(job: Job, job_id: str) -> str:
     return job_id
 
 
+class NoPlace(ServiceUnavailable):
+    """So many calls of this process wait for the service that another one waits in Redis instead."""
+
+
+_places: dict[str, threading.BoundedSemaphore] = {}
+
+
+@contextmanager
+def a_place_at(service: Service) -> Iterator[None]:
+    """Hold one of the places that calls to a service may take: a quarter of the worker's threads.
+
+    So a frozen service leaves threads for all others. Raises NoPlace at once where there is none: before
+    anything is noted or sent.
+    """
+    places = _places.get(service.id)
+    if places is None:
+        size = max(1, settings().concurrency // 4)
+        places = _places.setdefault(service.id, threading.BoundedSemaphore(size))
+    if not places.acquire(timeout=PLACE_WAIT_S):
+        raise NoPlace(f"service {service.id!r} has as many calls waiting as one worker may have")
+    try:
+        yield
+    finally:
+        places.release()
+
+
 def send(job: Job, request: HttpRequest) -> HttpResponse:
     """Send once. Raises ServiceUnavailable."""
     return send_to(job.service, request)
@@ -351,7 +385,8 @@ def follow(job: Job) -> dict[str, Any]:
             last = found
     overdue = redis_now() >= job.deadline
     if look_now or overdue:
-        found = look_once(job)
+        with a_place_at(job.service):
+            found = look_once(job)
         if found.ends:
             return end(job, End.of(found))
         last = last if found.is_error else found
@@ -388,7 +423,7 @@ def wait_on(job: Job, last: Observed | None, *, read: int) -> Exception:
     now, since = redis_now(), job.record.waiting_since
     found = {"service": job.service.id}
     if last is not None:
-        found |= {"seen": last.state, "progress": last.progress}
+        found |= {"seen": last.state, "progress": last.progress, "errors": "0"}
     state = last.state if last else job.record.seen or ""
     parked = wait(
         job.task,
@@ -496,7 +531,8 @@ def tell_service(
     if known is None:
         return
     try:
-        told = tell(known, Call(**call), Find(**find) if find else None, task_id, job_id)
+        with a_place_at(known):
+            told = tell(known, Call(**call), Find(**find) if find else None, task_id, job_id)
     except ServiceUnavailable as exc:
         if self.request.retries + 1 < TELL_TRIES:
             wait_s = backoff_s(self.request.retries, exc.retry_after_s, settings().retry_cap_s)

@@ -24,7 +24,7 @@ from typing import Any, Final, Protocol
 
 from celery import bootsteps
 from celery.utils.log import get_logger
-from redis.exceptions import RedisError
+from redis.exceptions import OutOfMemoryError, RedisError
 
 from producers.contract import POLL_EXTERNAL_JOB, QUEUE_LOOKS, TRIGGER_DAG
 from producers.stores.waits import Claimed, Seen, Waits
@@ -177,9 +177,13 @@ class LookTask(RelayTask):
 @app.task(name=LOOK, bind=True, base=LookTask, ignore_result=True)
 def look(self: Any) -> None:
     """Look at everything that is due, until nothing is, or for `BATCH_S`."""
-    client = store_client()
-    client.delete(CALL)
-    waits = Waits(client)
+    store_client().delete(CALL)
+    look_at_what_is_due()
+
+
+def look_at_what_is_due() -> None:
+    """Look at everything that is due, until nothing is, or for `BATCH_S`."""
+    waits = Waits(store_client())
     batch = _Batch()
     until = time.monotonic() + BATCH_S
     found_at = time.monotonic()
@@ -220,7 +224,10 @@ def may_begin(group: str) -> bool:
     if not group.startswith("airflow:"):
         return True
     pace = f"dagrelay:listed:{group.partition(':')[2]}"
-    return bool(store_client().set(pace, "1", nx=True, px=int(LIST_EVERY_S * 1000)))
+    try:
+        return bool(store_client().set(pace, "1", nx=True, px=int(LIST_EVERY_S * 1000)))
+    except OutOfMemoryError:
+        return True  # Redis is full: at the pace of the batches, so that what has ended makes room
 
 
 # -- the followers of this process: one for each service and each Airflow that it knows
@@ -357,9 +364,26 @@ def next_ask() -> float:
             return PAUSE_S
         soonest = min((next_in for _, next_in in due if next_in is not None), default=IDLE_S)
         return min(IDLE_S, max(PAUSE_S, soonest + 0.002))
+    except OutOfMemoryError:
+        # Not even a message can be sent. Looks find what has ended, and its end makes room.
+        if _without_message.acquire(blocking=False):
+            threading.Thread(target=_look_without_message, name="dagrelay-looks-full", daemon=True).start()
+        return IDLE_S
     except Exception as exc:  # noqa: BLE001 - Redis is away, or the publish failed: asked again in a second
         log.warning("not known which looks are due: %s", exc)
         return IDLE_S
+
+
+_without_message = threading.Lock()
+
+
+def _look_without_message() -> None:
+    try:
+        look_at_what_is_due()
+    except Exception:
+        log.exception("looks failed while Redis is full")
+    finally:
+        _without_message.release()
 
 
 @parked_look.connect

@@ -8,7 +8,7 @@ key                          what
 ============================ =============================================================================
 ``dagrelay:looks:<group>``   sorted set: task id → when it is looked at next. One for each service and Airflow
 ``dagrelay:seen:<task id>``  list: observations (JSON; ``null``: go and look) which the task has not read yet
-``dagrelay:wake:<key>``      set: the ids of the tasks which that key wakes
+``dagrelay:wake:<key>``      sorted set: the tasks which that key wakes → until when
 ``dagrelay:history:<id>``    list: what happened to a request, one line each: instant, space, words
 ``dagrelay:cancelled``       sorted set: task id → when somebody asked to cancel it
 ``dagrelay:cancels``         counter of such wishes, by which workers see that there is a new one
@@ -175,8 +175,9 @@ end
 return redis.call('LRANGE', KEYS[2], 0, -1)
 """)
 
-# Register wake keys. KEYS: the record, the sets. ARGV: task id, seconds for which they are to live at least.
-# A wake asks the record, so there is one from now on. Returns 0, and does nothing, if the task has ended.
+# Register wake keys. KEYS: the record, the sets. ARGV: task id, seconds for which they are to live at least,
+# the keys with NUL between them: the end of the task takes it out of those. A wake asks the record, so there
+# is one from now on. Returns 0, and does nothing, if the task has ended.
 REGISTER: Final = Script(
     _COMMON
     + """
@@ -184,8 +185,10 @@ if ended(redis.call('HGET', KEYS[1], 'state')) then return 0 end
 redis.call('HSETNX', KEYS[1], 'state', 'accepted')
 redis.call('HSETNX', KEYS[1], 'accepted_at', now_text)
 redis.call('HSETNX', KEYS[1], 'due_at', now_text)
+redis.call('HSET', KEYS[1], 'wake_keys', ARGV[3])
 for i = 2, #KEYS do
-  redis.call('SADD', KEYS[i], ARGV[1])
+  redis.call('ZREMRANGEBYSCORE', KEYS[i], '-inf', now)
+  redis.call('ZADD', KEYS[i], string.format('%.3f', now + ARGV[2]), ARGV[1])
   if redis.call('TTL', KEYS[i]) < tonumber(ARGV[2]) then redis.call('EXPIRE', KEYS[i], ARGV[2]) end
 end
 return 1
@@ -198,10 +201,10 @@ WAKE_KEY: Final = Script(
     _COMMON
     + """
 local woken, mailed = 0, 0
-for _, id in ipairs(redis.call('SMEMBERS', KEYS[1])) do
+for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
   local state = redis.call('HGET', 'dagrelay:record:' .. id, 'state')
   if not state or ended(state) then
-    redis.call('SREM', KEYS[1], id)
+    redis.call('ZREM', KEYS[1], id)
   else
     see(id, ARGV[1])
     local value = redis.call('HGET', 'dagrelay:parked', id)
@@ -557,7 +560,9 @@ class Waits:
 
         if keys:
             sets = [wake_key(key) for key in keys]
-            REGISTER.run(self._client, [record_key(task_id), *sets], (task_id, int(keep_s) + 60))
+            REGISTER.run(
+                self._client, [record_key(task_id), *sets], (task_id, int(keep_s) + 60, "\0".join(keys))
+            )
 
     def observations(self, task_id: str, epoch: int = 0) -> list[Any]:
         """Return what the task has not read yet, in the order in which it was seen.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -514,3 +515,30 @@ def test_a_message_that_comes_again_after_the_end_tells_the_same_end(parts, star
     [told], _, _ = json.loads(base64.b64decode(json.loads(raw)["body"]))
     assert JobOutcome.from_message(told) == outcome
     assert len(service.posts) == 1
+
+
+def test_a_frozen_service_takes_a_quarter_of_the_threads_and_no_more(valkey, tmp_path):
+    """Its submissions wait in Redis; those to others, and looks, have threads."""
+    with FakeService() as frozen, FakeService() as well:
+        frozen.fault = lambda number, body: "hang"
+        frozen.hang_s = 1.9
+        env = {"DAGRELAY_SERVICE_FROZEN": frozen.variable, "DAGRELAY_SERVICE_WELL": well.variable}
+        relay = RelayClient(ProducerSettings(redis_url=valkey.url, client_name="tests@here"))
+
+        def job(service: str) -> PollRequest:
+            return PollRequest(
+                service=service, path="/jobs/{job_id}", submit={"path": "/jobs", "body": {}}, interval_s=0.1
+            )
+
+        with Worker(valkey.url, tmp_path, options=("-c", "8"), **env):
+            stuck = relay.enqueue_many([job("frozen")] * 8)
+            until(lambda: len(frozen.posts) >= 2)
+            began = time.monotonic()
+            handle = relay.enqueue(job("well"))
+            until(lambda: well.jobs)
+            well.end("job-1")
+            assert handle.get(timeout=10).state == "succeeded"
+            assert time.monotonic() - began < 3.5
+            assert len(frozen.posts) <= 6  # two at a time
+            until(lambda: all(each.record().job_id for each in stuck), timeout_s=60)
+        assert len(frozen.jobs) == 8

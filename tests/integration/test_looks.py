@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from redis import Redis
+from redis.exceptions import OutOfMemoryError
 
 from local.valkey import Valkey
 from producers.contract import POLL_EXTERNAL_JOB, PollRequest
@@ -255,3 +256,16 @@ def test_what_a_killed_worker_had_begun_is_looked_at_again_by_another(tmp_path: 
         with Worker(valkey.url, tmp_path, name="w2", options=LOOKS_ONLY, DAGRELAY_SERVICE_ONE=variable):
             until(lambda: all(service.looks[scene.job(each)] for each in ids), "looked at again")
         assert time.monotonic() - killed < 6 + 5  # the lease (0.5 + 0.5 + 5 s), and a start
+
+
+def test_looks_go_on_where_redis_is_full_so_that_what_has_ended_makes_room(tmp_path: Path):
+    with Valkey(config={"maxmemory": "100mb"}) as valkey, FakeService() as service:
+        scene = Scene(valkey)
+        ids = [scene.park(service) for _ in range(20)]
+        with Worker(valkey.url, tmp_path, options=LOOKS_ONLY, DAGRELAY_SERVICE_ONE=service.variable):
+            until(lambda: all(service.looks[scene.job(each)] for each in ids), "looked at")
+            scene.redis.config_set("maxmemory", "1mb")
+            with pytest.raises(OutOfMemoryError):
+                scene.redis.set("more", "x")
+            service.looks.clear()
+            until(lambda: all(service.looks[scene.job(each)] >= 2 for each in ids), "looked at on and on")

@@ -427,6 +427,21 @@ def test_keys_with_a_prefix_have_it_once_where_a_cancelled_message_is_sent_on(lo
     assert json.loads(raw)["headers"]["parked_revoked"] is True
 
 
+def test_a_wake_key_forgets_whom_it_cannot_wake_any_more(lot: Lotful):
+    lot.waits.register("t", ["hook", "other hook"], keep_s=600)
+    assert (
+        lot.redis.zrange(wake_key("hook"), 0, -1) == lot.redis.zrange(wake_key("other hook"), 0, -1) == [b"t"]
+    )
+    lot.redis.zadd(wake_key("hook"), {"long over": time.time() - 1})
+    lot.waits.register("u", ["hook"], keep_s=600)
+    assert lot.redis.zrange(wake_key("hook"), 0, -1) == [b"t", b"u"]
+
+    lot.store("done")
+
+    assert lot.redis.zrange(wake_key("hook"), 0, -1) == [b"u"]
+    assert not lot.redis.exists(wake_key("other hook"))
+
+
 def test_a_look_may_be_claimed_without_its_message(lot: Lotful):
     """A thousand runs are asked for by their records; their messages may hold a gigabyte of confs."""
     lot.wait(look=GROUP)
