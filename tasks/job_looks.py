@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from celery.utils.log import get_logger
 
@@ -64,6 +65,7 @@ class JobFollower:
 
     def after_fork(self) -> None:
         self._open = 0
+        self._counting = threading.Lock()  # begun in Celery's threads, ended in the loop's
         self._queue: deque[tuple[Claimed, float, float, Done]] = deque()
         self._lines: set[asyncio.Task[None]] = set()
         self._took_s = QUEUED_S  # until it is known
@@ -77,16 +79,23 @@ class JobFollower:
 
     def start(self, claimed: Sequence[Claimed], now: float, done: Done) -> None:
         """Ask about all of them, as many at once as may be."""
-        self._open += len(claimed)
+        with self._counting:
+            self._open += len(claimed)
         in_loop(self._begin(claimed, now, done))
 
     async def _begin(self, claimed: Sequence[Claimed], now: float, done: Done) -> None:
         turn_until = time.monotonic() + SLACK_S / 2
         self._queue.extend((one, now, turn_until, done) for one in claimed)
         for _ in range(min(len(claimed), self.service.max_in_flight - len(self._lines))):
-            line = asyncio.create_task(self._work())
+            line = asyncio.create_task(self._line())
             self._lines.add(line)  # the loop itself holds tasks weakly only
-            line.add_done_callback(self._lines.discard)
+
+    async def _line(self) -> None:
+        try:
+            await self._work()
+        finally:
+            # At once: a callback comes a turn later, and what begins in between would count on this line.
+            self._lines.discard(cast("asyncio.Task[None]", asyncio.current_task()))
 
     async def _work(self) -> None:
         """Look at one after the other, as long as there are any."""
@@ -107,7 +116,8 @@ class JobFollower:
 
     def _hand(self, done: Done, seen: Seen) -> None:
         """Hand over what a look saw, with those that end about now."""
-        self._open -= 1
+        with self._counting:
+            self._open -= 1
         self._seen.append((done, seen))
         if not self._handing_over:
             self._handing_over = True

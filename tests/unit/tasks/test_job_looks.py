@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from producers.stores.waits import Claimed, Seen
+from tasks.http_many import in_loop
 from tasks.job_looks import MAX_ANSWER_BYTES, JobFollower
 from tasks.services import Service
 
@@ -76,3 +78,36 @@ def test_an_answer_that_is_far_larger_than_any_result_is_not_read(address):
     assert by_job["small"].verb == "wake"
     assert by_job["large"].verb == "error"
     assert "larger than 4 MB" in by_job["large"].second
+
+
+def test_what_begins_as_the_last_line_ends_is_looked_at(address):
+    follower = JobFollower(Service("train", address, max_in_flight=1))
+
+    async def one_after_the_other() -> list[int]:
+        # As the loop may run them: the next batch begins in the very turn in which the line before has ended.
+        lines = []
+        for job_id in ("a", "b", "c"):
+            await follower._begin([claimed(job_id)], 1.0, batches.done)
+            (line,) = follower._lines
+            while not line.done():
+                await asyncio.sleep(0)
+            lines.append(len(follower._lines))
+        return lines
+
+    batches = Batches(follower)
+    assert in_loop(one_after_the_other()).result(10) == [0, 0, 0]
+    assert {one.task_id for one in batches.wait_for(3)} == {"a", "b", "c"}
+
+
+def test_there_is_room_again_when_all_is_done_whoever_began_it(address):
+    follower = JobFollower(Service("train", address, max_in_flight=8))
+    batches = Batches(follower)
+    threads = [threading.Thread(target=batches.start, args=[f"{n}-{m}" for m in range(20)]) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert len(batches.wait_for(160)) == 160
+    assert follower._open == 0
+    assert follower.room() >= 8
