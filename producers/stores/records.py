@@ -280,7 +280,9 @@ else
   end
   if waited[2] and waited[2] ~= '' then redis.call('ZREM', 'dagrelay:looks:' .. waited[2], id) end
   if waited[7] then
-    for key in string.gmatch(waited[7] .. '\\0', '(%Z*)%z') do redis.call('ZREM', 'dagrelay:wake:' .. key, id) end
+    for key in string.gmatch(waited[7] .. '\\0', '(%Z*)%z') do
+      redis.call('ZREM', 'dagrelay:wake:' .. key, id)
+    end
   end
   if waited[4] and waited[5] then
     part_ended(waited[4], waited[5], ARGV[3], outcome_of(record, id, ARGV[3]), waited[6] and record,
