@@ -27,6 +27,8 @@ from celery import chord, states
 from celery.canvas import maybe_signature
 from celery.exceptions import Ignore
 from celery.utils.log import get_logger
+from celery.worker import state as worker_state
+from celery.worker.state import task_ready
 
 from producers.contract import (
     QUEUE_JOBS,
@@ -59,13 +61,13 @@ from producers.stores.fan_outs import (
     then_id,
 )
 from producers.stores.holds import Holds
-from producers.stores.waits import PARKED
+from producers.stores.waits import CANCELLED, PARKED
 
 from .airflow.answers import TokenRefused, as_dag_run
 from .airflow.client import ApiModule
 from .airflow.clients import airflow_client
 from .airflow.connections import AirflowConnection
-from .app import RelayTask, app, backend, records, said, store_client, waits
+from .app import RelayRequest, RelayTask, app, backend, records, said, store_client, waits
 from .http import HttpRequest, HttpResponse, NoAnswer, reset_after_fork
 from .http_many import ManySender, in_loop
 from .redis_transport.channel import gathered
@@ -104,6 +106,32 @@ class FanOutTask(RelayTask):
         return ", ".join(f"{name}={str(value)[:100]}" for name, value in shown.items())
 
 
+class ChunkRequest(RelayRequest):
+    """A chunk's message in a worker's hands.
+
+    Celery would take a chunk that was revoked out of its chord: what it has not begun would stay accepted,
+    and the callback would never be sent. So it runs all the same, and has its whole fan-out cancelled.
+    """
+
+    def revoked(self) -> bool:
+        """Have the task know of it, and go on."""
+        if self.id in worker_state.revoked:
+            self.request_dict["chunk_revoked"] = True
+        return False
+
+    def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
+        """Have the message of a chunk whose process was ended come back."""
+        task_ready(self)
+        self.reject(requeue=True)
+
+
+class ChunkTask(FanOutTask):
+    """A part of the chord's header."""
+
+    abstract = True
+    Request = "tasks.fan_out:ChunkRequest"
+
+
 def fan_outs() -> FanOuts:
     """Return the fan-outs in the worker's Redis."""
     return FanOuts(store_client())
@@ -138,11 +166,13 @@ def launch(fan_out_id: str, state: FanOutState) -> None:
     chord(header, end, task_id=group_id(fan_out_id)).apply_async(task_id=fan_out_id)
 
 
-@app.task(name=TRIGGER_CHUNK, bind=True, base=FanOutTask)
+@app.task(name=TRIGGER_CHUNK, bind=True, base=ChunkTask)
 def trigger_chunk(self: Any, /, *, fan_out_id: str, index: int, **message: Any) -> None:
     """Start the triggers of one chunk; delivered again, it goes on with those that were not begun."""
     _raise_if_newer(self, message)
     store = fan_outs()
+    if getattr(self.request, "chunk_revoked", False):
+        cancel_by_chunk(store, fan_out_id, self.request.id)
     again = bool((self.request.delivery_info or {}).get("redelivered"))
     while True:
         begun = store.begin(fan_out_id, index)
@@ -214,6 +244,13 @@ def _raise_if_newer(task: Any, message: Mapping[str, Any]) -> None:
     version = message.get("v", VERSION)
     if isinstance(version, int) and version > VERSION:
         raise task.retry(countdown=NEWER_RETRY_S)
+
+
+def cancel_by_chunk(store: FanOuts, fan_out_id: str, task_id: str) -> None:
+    """Cancel a fan-out one of whose chunks was revoked. The chunk itself is not: it may yet park."""
+    found = records().get(task_id)
+    store.cancel(fan_out_id, (found and found.cancel_by) or "hand")
+    store_client().zrem(CANCELLED, task_id)
 
 
 # The requests of a chunk

@@ -442,6 +442,33 @@ def test_where_only_the_chords_bookkeeping_is_lost_the_callback_is_called_all_th
     assert len(called(relay, "late")) == 3
 
 
+@pytest.mark.parametrize("way", ["cancel", "revoke"])
+def test_a_chunk_that_is_revoked_cancels_its_fan_out_and_the_callback_is_told(way, relay, airflow, worker):
+    requests = [*many(2, "slow", wait=True), *many(2)]
+    fan = fan_out(requests, then=collect(f"chunk-{way}"), relay=relay)
+    until(lambda: fan.progress()[0] == 2)
+    chunk = chunk_id(fan.id, 0)
+    until(lambda: relay.redis.hexists("dagrelay:parked", chunk))
+
+    if way == "cancel":
+        relay.waits.cancel(chunk, by="tests@here")
+    else:
+        Celery("stock", broker=relay.settings.redis_url).control.revoke(chunk)
+
+    outcomes = fan.get(timeout=20)
+    assert [one.state for one in outcomes] == ["cancelled"] * 2 + ["done"] * 2
+    assert called(relay, f"chunk-{way}") == outcomes
+    assert relay.handle(chunk).state == "done"
+
+
+def test_a_chunk_that_is_revoked_before_it_began_begins_nothing(relay, start_worker):
+    fan = fan_out(many(3), relay=relay)
+    relay.waits.cancel(chunk_id(fan.id, 0), by="tests@here")
+    start_worker()
+
+    assert {(one.state, one.reason) for one in fan.get(timeout=20)} == {("cancelled", "asked by hand")}
+
+
 def test_a_held_connection_is_asked_nothing(relay, airflow, worker):
     airflow.refuse_token = True
     probe = relay.enqueue(TriggerRequest("daily_sales"))
