@@ -18,7 +18,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, Protocol
 
@@ -64,6 +64,10 @@ LIST_EVERY_S: Final = 1.0
 SLACK_S: Final = 5.0
 """How much longer a lease is than the HTTP timeouts of its look."""
 
+MOST_LOOKS: Final = 500
+MOST_TEXT: Final = 1_000_000
+"""How many looks, and how many characters of what they saw, are written in one script."""
+
 Done = Callable[[list[Seen]], None]
 
 
@@ -101,8 +105,9 @@ class Reporter:
         if self._thread is None:
             with self._lock:
                 if self._thread is None:
-                    self._thread = threading.Thread(target=self._run, name="dagrelay-looks", daemon=True)
-                    self._thread.start()
+                    thread = threading.Thread(target=self._run, name="dagrelay-looks", daemon=True)
+                    thread.start()
+                    self._thread = thread  # one that could not be started is tried again with the next
 
     def _run(self) -> None:
         while True:
@@ -124,12 +129,26 @@ class Reporter:
 
     def _write(self, group: str, token: str, seen: list[Seen]) -> None:
         waits = Waits(store_client())
-        for first in range(0, len(seen), 500):
-            part = seen[first : first + 500]
+        for part in parts_of(seen):
             for one, counted in zip(part, waits.report(group, token, part), strict=True):
                 if counted and one.verb == "changed" and one.shown:
                     name = TRIGGER_DAG if group.startswith("airflow:") else POLL_EXTERNAL_JOB
                     show_waiting(one.task_id, name, one.first, one.second)
+
+
+def parts_of(seen: Sequence[Seen]) -> Iterator[list[Seen]]:
+    """Yield what is written in one script: Redis does nothing else meanwhile, and a result may have 1 MB."""
+    part: list[Seen] = []
+    size = 0
+    for one in seen:
+        length = len(one.first) + len(one.second)
+        if part and (len(part) == MOST_LOOKS or size + length > MOST_TEXT):
+            yield part
+            part, size = [], 0
+        part.append(one)
+        size += length
+    if part:
+        yield part
 
 
 reporter = Reporter()

@@ -13,6 +13,7 @@ import pytest
 from producers.stores.waits import Claimed, Seen
 from tasks.http_many import in_loop
 from tasks.job_looks import MAX_ANSWER_BYTES, JobFollower
+from tasks.looks import parts_of
 from tasks.services import Service
 
 
@@ -111,3 +112,22 @@ def test_there_is_room_again_when_all_is_done_whoever_began_it(address):
     assert len(batches.wait_for(160)) == 160
     assert follower._open == 0
     assert follower.room() >= 8
+
+
+@pytest.mark.parametrize(
+    ("lengths", "parts"),
+    [
+        ([], []),
+        ([10] * 1200, [500, 500, 200]),
+        ([900_000] * 3, [1, 1, 1]),
+        ([400_000] * 5, [2, 2, 1]),
+        ([10, 3_000_000, 10, 10], [1, 1, 2]),
+    ],
+)
+def test_what_is_written_at_once_is_bounded_in_number_and_in_size(lengths, parts):
+    seen = [Seen(str(index), 1, "wake", 0.0, "x" * length) for index, length in enumerate(lengths)]
+
+    found = list(parts_of(seen))
+
+    assert [len(part) for part in found] == parts
+    assert [one for part in found for one in part] == seen
