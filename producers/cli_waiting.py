@@ -117,13 +117,15 @@ def wake(task_ids: tuple[str, ...], key: str | None, observation: str | None) ->
         return
     with told_as_unavailable():
         sent_on = set(client.waits.wake(dict.fromkeys(task_ids), observed, by=by))
+    reached = len(sent_on)
     for task_id in dict.fromkeys(task_ids):
         if task_id in sent_on:
             click.echo(f"{task_id} woken")
-        else:
-            found = client.record(task_id)
-            click.echo(f"{task_id} does not wait: {_stands(found)}")
-    if not sent_on:
+            continue
+        found = client.record(task_id)
+        click.echo(f"{task_id} does not wait: {_stands(found)}")
+        reached += found is not None and not found.ended
+    if not reached:
         sys.exit(EX_FAILED)
 
 
@@ -141,7 +143,11 @@ def _observation(given: str | None) -> Any:
 def _stands(found: Record | None) -> str:
     if found is None:
         return "no request with this id is on record"
-    return f"it has ended as {found.state}" if found.ended else "it is in a queue, or runs just now"
+    return (
+        f"it has ended as {found.state}"
+        if found.ended
+        else "it is in a queue, or runs just now, and reads this before it waits"
+    )
 
 
 @click.command()
@@ -176,6 +182,9 @@ def cancel(task_ids: tuple[str, ...], no_wait: bool) -> None:
                 else f"ran just then, and ended as {ended[task_id]}"
             )
             well &= ended[task_id] == "cancelled"
+            found = client.record(task_id)
+            if found is not None and found.error in ("OutcomeUnknown", "SubmitUnknown"):
+                words += "; whether it was started before is not known: see `dagrelay status`"
         elif no_wait:
             words = "to be cancelled"
         else:
