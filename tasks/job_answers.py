@@ -14,11 +14,11 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, Literal, NamedTuple, cast
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, unquote_plus, urlencode
 
 import jmespath
 from jmespath.visitor import TreeInterpreter
@@ -307,26 +307,42 @@ def request_of(
 ) -> HttpRequest:
     """Return a request with its placeholders filled and the service's credentials in it.
 
-    The service's own headers and query stand above the message's.
+    The service's own headers and query stand in place of the message's of the same names.
     """
     if reference is None and (body is not None or query or "{reference}" in path):
         reference = reference_for(task_id)
     filled = _filled(path, job_id, reference or "") if "{" in path else path
     if "/." in filled or "/%2" in filled:
         service.check_path(filled)
+    if service.query and "?" in filled:
+        filled = _without(service.query, filled)
     if query:
-        texts = {name: _with(text, job_id, reference or "") for name, text in query.items()}
-        filled += ("&" if "?" in filled else "?") + urlencode(texts)
+        texts = {
+            name: _with(text, job_id, reference or "")
+            for name, text in query.items()
+            if name not in service.query
+        }
+        if texts:
+            filled += ("&" if "?" in filled else "?") + urlencode(texts)
     if service.query:
         filled += ("&" if "?" in filled else "?") + service.query_text
     sent = service.headers()
+    if headers:
+        ours = service.header_names
+        sent = {**{name: text for name, text in headers.items() if name.lower() not in ours}, **sent}
     content: bytes | None = None
     if body is not None:
         content = json.dumps(_with(body, job_id, reference or ""), allow_nan=False).encode()
-        sent = {"Content-Type": "application/json", **(headers or {}), **sent}
-    elif headers:
-        sent = {**headers, **sent}
+        if not any(name.lower() == "content-type" for name in sent):
+            sent = {"Content-Type": "application/json", **sent}
     return HttpRequest(method, filled, sent, content)
+
+
+def _without(names: Container[str], path: str) -> str:
+    """Return a path without the parts of its query that have one of these names."""
+    plain, _, query = path.partition("?")
+    kept = "&".join(part for part in query.split("&") if unquote_plus(part.partition("=")[0]) not in names)
+    return f"{plain}?{kept}" if kept else plain
 
 
 def _filled(path: str, job_id: str | None, reference: str) -> str:

@@ -99,6 +99,11 @@ class Service:
         return found
 
     @cached_property
+    def header_names(self) -> frozenset[str]:
+        """The names of the headers that are ours alone, in lower case: a message's own are left out."""
+        return frozenset(name.lower() for name in (*self._headers, self.idempotency_header))
+
+    @cached_property
     def _basic(self) -> str:
         return base64.b64encode(f"{self.username}:{self.password or ''}".encode()).decode()
 

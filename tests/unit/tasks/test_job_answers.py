@@ -87,6 +87,39 @@ def test_without_a_reference_on_record_it_is_made_from_the_task_id():
     assert found.path == f"/jobs?ref={reference_for('t1')}"
 
 
+@pytest.mark.parametrize("name", ["X-Team", "x-team", "AUTHORIZATION", "Idempotency-Key", "idempotency-key"])
+def test_no_header_of_a_message_stands_beside_one_of_ours(name):
+    keyed = Service("train", "https://host", token="t", extra_headers={"X-Team": "ours"})
+    call = Call.model_construct(path="/jobs", method="POST", body=None, query={}, headers={name: "theirs"})
+
+    found = call_of(keyed, call, task_id="t1", idempotency_key="ours")
+
+    assert sorted(found.headers) == ["Authorization", "Idempotency-Key", "X-Team"]
+    assert "theirs" not in found.headers.values()
+
+
+@pytest.mark.parametrize(
+    ("path", "sent"),
+    [
+        ("/jobs?team=a", "/jobs?team=ours"),
+        ("/jobs?team=a&b=1&team&te%61m=c", "/jobs?b=1&team=ours"),
+        ("/jobs?teams=a", "/jobs?teams=a&team=ours"),
+        ("/jobs", "/jobs?team=ours"),
+    ],
+)
+def test_no_query_of_a_message_stands_beside_one_of_ours(path, sent):
+    keyed = Service("train", "https://host", query={"team": "ours"})
+
+    assert look_of(message(path=path), keyed, "t1", job_id="j1").request.path == sent
+    assert look_of(message(path=path, query={"team": "b"}), keyed, "t1", job_id="j1").request.path == sent
+
+
+def test_a_body_has_one_content_type():
+    found = look(method="POST", body={"a": 1}, headers={"content-type": "application/vnd.x+json"}).request
+
+    assert {name for name in found.headers if name.lower() == "content-type"} == {"content-type"}
+
+
 def test_an_absolute_url_is_asked_within_the_service_alone():
     inside = message(path=None, url="https://host/api/jobs/{job_id}?full=1")
     outside = message(path=None, url="https://evil/api/jobs/{job_id}")
