@@ -53,6 +53,7 @@ from producers.stores.fan_outs import (
     FAN_OUT_END,
     TRIGGER_CHUNK,
     WATCH_FAN_OUT,
+    Begun,
     FanOuts,
     FanOutState,
     chunk_id,
@@ -178,14 +179,7 @@ def trigger_chunk(self: Any, /, *, fan_out_id: str, index: int, **message: Any) 
         begun = store.begin(fan_out_id, index)
         if begun is None:  # it has ended; or what was lost with its requests is found by the watch
             return
-        fresh = [(task_id, envelope) for task_id, envelope, letter in begun.items if letter == "f"]
-        for task_id in [task_id for task_id, _, letter in begun.items if letter == "c"]:
-            found = records().get(task_id)
-            end_cancelled(task_id, ASKED_BY + ((found and found.cancel_by) or "hand"))
-        if begun.stopped:
-            for task_id, _ in fresh:
-                end_cancelled(task_id, begun.stopped)
-            fresh = []
+        fresh = to_begin(begun)
         # With on_error="stop" only as many are begun as can be in flight, and their ends are waited for.
         some = fresh[: _side_by_side(fresh)] if begun.on_error == "stop" else fresh
         if some:
@@ -244,6 +238,27 @@ def _raise_if_newer(task: Any, message: Mapping[str, Any]) -> None:
     version = message.get("v", VERSION)
     if isinstance(version, int) and version > VERSION:
         raise task.retry(countdown=NEWER_RETRY_S)
+
+
+def to_begin(begun: Begun) -> list[tuple[str, dict[str, Any]]]:
+    """Return the requests of a chunk that are to be begun; end, or have cancelled, what is not."""
+    fresh = [(task_id, envelope) for task_id, envelope, letter in begun.items if letter == "f"]
+    for task_id in [task_id for task_id, _, letter in begun.items if letter == "c"]:
+        found = records().get(task_id)
+        end_cancelled(task_id, ASKED_BY + ((found and found.cancel_by) or "hand"))
+    if not begun.stopped:
+        return fresh
+    for task_id, _ in fresh:
+        end_cancelled(task_id, begun.stopped)
+    # They may have left after it was cancelled, and an earlier worker died before it could say so to them.
+    _cancel_too([task_id for task_id, _, letter in begun.items if letter == "o"], begun.stopped)
+    return []
+
+
+def _cancel_too(outside: Sequence[str], stopped: str) -> None:
+    """Ask for what has a message of its own to be cancelled, where somebody asked that of the fan-out."""
+    if outside and stopped.startswith(ASKED_BY):
+        waits().cancel_many(outside, by=stopped.removeprefix(ASKED_BY))
 
 
 def cancel_by_chunk(store: FanOuts, fan_out_id: str, task_id: str) -> None:
@@ -352,9 +367,7 @@ def start_some(
             records().attempt_failed(one.task_id, one.reason or "its chunk was interrupted", unsure=True)
     if left:
         store.leave(fan_out_id, index, QUEUE_TRIGGERS, [(one.task_id, _message(one)) for one in left])
-        stopped = store.stopped(fan_out_id)
-        if stopped.startswith(ASKED_BY):  # meanwhile
-            waits().cancel_many([one.task_id for one in left], by=stopped.removeprefix(ASKED_BY))
+        _cancel_too([one.task_id for one in left], store.stopped(fan_out_id))  # meanwhile
     if made:
         store.end_items(made, result_ttl_s=settings().result_ttl_s, date_done=app.now().isoformat())
     log.info("chunk begun fan_out=%s index=%d started=%d left=%d", fan_out_id, index, len(made), len(left))

@@ -570,6 +570,20 @@ def test_what_could_not_be_pushed_is_not_marked_as_sent(valkey, relay):
     assert relay.redis.llen("theirs") == 1
 
 
+def test_what_left_its_chunk_as_its_fan_out_was_cancelled_is_cancelled_all_the_same(inside, valkey, relay):
+    fan = fan_out(many(2), relay=relay)
+    outside, fresh = fan.handles
+    store = FanOuts(relay.redis)
+    fan.cancel()
+    store.leave(fan.id, 0, "elsewhere", [(outside.id, b"{}")])  # and here its worker dies
+
+    assert inside.to_begin(store.begin(fan.id, 0)) == []
+
+    assert fresh.state == "cancelled"
+    assert relay.redis.zscore("dagrelay:cancelled", outside.id)
+    assert outside.record().cancel_by == "tests@here"
+
+
 def test_an_unknown_outcome_that_is_corrected_in_time_is_told_corrected(valkey, relay):
     fan = fan_out(many(2), relay=relay)
     first = fan.handles[0]
