@@ -29,6 +29,7 @@ from celery.exceptions import Ignore
 from celery.utils.log import get_logger
 from celery.worker import state as worker_state
 from celery.worker.state import task_ready
+from redis.exceptions import RedisError
 
 from producers.contract import (
     QUEUE_JOBS,
@@ -73,6 +74,7 @@ from .http import HttpRequest, HttpResponse, NoAnswer, reset_after_fork
 from .http_many import ManySender, in_loop
 from .redis_transport.channel import gathered
 from .redis_transport.keys import Keys
+from .results import NotHandedOver
 from .settings import settings
 from .trigger import NEWER_RETRY_S, note_for
 from .waiting import wait
@@ -329,6 +331,8 @@ class _Line:
                 job.answer = await self._sender.send(job.post)
             except NoAnswer as exc:
                 job.answer = exc
+            except Exception as exc:  # noqa: BLE001 - the others' answers count all the same
+                job.answer = NoAnswer(said(exc), True)
 
 
 _lines: dict[str, _Line] = {}
@@ -358,10 +362,24 @@ def start_some(
     """
     made: list[tuple[str, str]] = []
     left: list[_Left] = []
-    for api, connection, jobs in _prepared(items, left):
-        in_loop(_line(connection).send_all(jobs)).result()
-        for job in jobs:
-            _read(api, connection, job, made, left)
+    posted: set[str] = set()
+    try:
+        for api, connection, jobs in _prepared(items, left):
+            line = _line(connection)
+            posted |= {job.task_id for job in jobs}
+            in_loop(line.send_all(jobs)).result()
+            for job in jobs:
+                _read(api, connection, job, made, left)
+    except (NotHandedOver, RedisError):
+        raise
+    except Exception as exc:  # noqa: BLE001 - whatever it is, trigger_dag meets it again and decides for each
+        log.error("chunk not begun in bulk fan_out=%s index=%d: %s", fan_out_id, index, said(exc))
+        known = {task_id for task_id, _ in made} | {one.task_id for one in left}
+        left += [
+            _Left(task_id, envelope, said(exc), unsure=task_id in posted)
+            for task_id, envelope in items
+            if task_id not in known
+        ]
     for one in left:
         if (one.unsure or again) and one.run is None:
             records().attempt_failed(one.task_id, one.reason or "its chunk was interrupted", unsure=True)

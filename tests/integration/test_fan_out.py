@@ -11,6 +11,7 @@ from base64 import b64decode
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,8 +41,13 @@ from producers.stores.fan_outs import (
 )
 from producers.stores.records import RESULT_PREFIX, record_key, store
 from tasks import fan_out as worker_side
+from tasks.airflow import clients
+from tasks.airflow.connections import read_connections
 from tasks.app import app
+from tasks.http import HttpRequest, HttpResponse
+from tasks.http_many import ManySender
 from tasks.results import NotHandedOver
+from tasks.settings import settings
 from tests.fake_airflow import FakeAirflow
 from tests.integration.conftest import Shared
 from tests.integration.test_trigger import until
@@ -582,6 +588,59 @@ def test_what_left_its_chunk_as_its_fan_out_was_cancelled_is_cancelled_all_the_s
     assert fresh.state == "cancelled"
     assert relay.redis.zscore("dagrelay:cancelled", outside.id)
     assert outside.record().cancel_by == "tests@here"
+
+
+@pytest.fixture
+def connected(inside: ModuleType, airflow: FakeAirflow, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The same, with two connections to the test's Airflow."""
+    environ = {"AIRFLOW_CONN_DEFAULT": airflow.conn_uri, "AIRFLOW_CONN_OTHER": airflow.conn_uri}
+    given = replace(settings(), connections=read_connections(environ)[0])
+    monkeypatch.setattr(inside, "settings", lambda: given)
+    monkeypatch.setattr(inside, "_lines", {})
+    monkeypatch.setattr(clients, "_clients", {})
+    return inside
+
+
+def start_all(inside: ModuleType, relay: RelayClient, fan: FanOut) -> dict[str, bytes]:
+    """Start a fan-out's first chunk; return the messages that left it."""
+    store = FanOuts(relay.redis)
+    relay.redis.delete("triggers")
+    inside.start_some(store, fan.id, 0, inside.to_begin(store.begin(fan.id, 0)), again=False)
+    left = relay.redis.lrange("triggers", 0, -1)
+    return {json.loads(message)["headers"]["id"]: message for message in left}
+
+
+def test_what_nobody_foresaw_in_one_request_leaves_the_others_as_they_are(
+    connected, valkey, relay, airflow, monkeypatch
+):
+    real = ManySender.send
+
+    async def send(self: ManySender, request: HttpRequest) -> HttpResponse:
+        answer = await real(self, request)
+        if b'"n":1' in (request.body or b"").replace(b" ", b""):
+            raise KeyError("nobody foresaw this")
+        return answer
+
+    monkeypatch.setattr(ManySender, "send", send)
+    fan = fan_out(many(3), relay=relay)
+
+    left = start_all(connected, relay, fan)
+
+    assert [one.state for one in fan.handles] == ["done", "accepted", "done"]
+    assert list(left) == [fan.handles[1].id]
+    assert fan.handles[1].record().unsure
+
+
+def test_where_a_chunk_cannot_be_posted_at_all_its_requests_leave_it(
+    connected, valkey, relay, airflow, monkeypatch
+):
+    monkeypatch.setattr(ManySender, "__init__", lambda *_, **__: 1 / 0)
+    fan = fan_out(many(3), relay=relay)
+
+    left = start_all(connected, relay, fan)
+
+    assert set(left) == {one.id for one in fan.handles}
+    assert not any(one.record().unsure for one in fan.handles)
 
 
 def test_an_unknown_outcome_that_is_corrected_in_time_is_told_corrected(valkey, relay):
