@@ -312,7 +312,7 @@ def request_of(
     if reference is None and (body is not None or query or "{reference}" in path):
         reference = reference_for(task_id)
     filled = _filled(path, job_id, reference or "") if "{" in path else path
-    if "/." in filled or "/%2" in filled:
+    if "/." in filled or "%" in filled or "\\." in filled:
         service.check_path(filled)
     if service.query and "?" in filled:
         filled = _without(service.query, filled)
@@ -350,7 +350,7 @@ def _filled(path: str, job_id: str | None, reference: str) -> str:
     if "{job_id}" in path:
         if job_id is None:
             raise InvalidRequest("path: has {job_id}, and no job id is known")
-        if job_id in (".", ".."):
+        if "." in job_id and not {".", ".."}.isdisjoint(job_id.split("/")):
             raise InvalidRequest(f"job_id: {job_id!r} cannot be part of a URL")
         path = path.replace("{job_id}", quote(job_id, safe=""))
     return path.replace("{reference}", reference)

@@ -27,7 +27,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final
-from urllib.parse import SplitResult, quote, urlencode, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlencode, urlsplit
 
 from producers.errors import ServiceNotConfigured
 
@@ -53,7 +53,7 @@ _VARIABLE = re.compile(r"DAGRELAY_SERVICE_([A-Za-z0-9_]+)\Z")
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}\Z")
 _HEADER_VALUE = re.compile(r"[\t -~]{0,8000}\Z")
 _OURS_ALONE = ("host", "content-length", "transfer-encoding", "connection", "te", "trailer", "upgrade")
-_DOTS = re.compile(r"/(\.|%2e){1,2}(?=[/?]|\Z)", re.IGNORECASE)
+_DOTS = re.compile(r"[/\\]\.{1,2}(?=[/\\;?]|\Z)")
 _SHORTEST_SECRET: Final = 4
 
 
@@ -135,9 +135,17 @@ class Service:
         return self.check_path(path + (f"?{theirs.query}" if theirs.query else ""))
 
     def check_path(self, path: str) -> str:
-        """Return a path that stays within the service. Raises ServiceNotConfigured where it has a ".."."""
-        if _DOTS.search(path.partition("?")[0]):
-            raise ServiceNotConfigured(self.id, "the path has a step '.' or '..', which may lead out of it")
+        """Return a path that stays within the service. Raises ServiceNotConfigured where it has a "..".
+
+        However it is spelt: servers and proxies differ in what they decode, how often, and what they leave out.
+        """
+        plain, before = path.partition("?")[0], ""
+        while plain != before:
+            if _DOTS.search(plain):
+                raise ServiceNotConfigured(
+                    self.id, "the path has a step '.' or '..', which may lead out of it"
+                )
+            plain, before = unquote(plain), plain
         return path
 
     def masked(self, text: str) -> str:

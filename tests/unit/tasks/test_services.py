@@ -173,6 +173,8 @@ INSIDE = Service("train", "https://host:8443/base")
         ("https://host:8443/base/jobs/1", "/jobs/1"),
         ("https://HOST:8443/base/jobs?x=1", "/jobs?x=1"),
         ("https://host:8443/base", "/"),
+        ("https://host:8443/base/a%2Fb/v1.2/.../..a/b..;c", "/a%2Fb/v1.2/.../..a/b..;c"),
+        ("https://host:8443/base/jobs?up=/../x", "/jobs?up=/../x"),
     ],
 )
 def test_a_url_within_the_service_is_a_path_of_it(url, path):
@@ -195,6 +197,11 @@ def test_a_port_that_is_the_schemes_own_needs_no_mention():
         "https://host:8443/base/../jobs",
         "https://host:8443/base/%2e%2E/jobs",
         "https://host:8443/base/.",
+        "https://host:8443/base/jobs%2F..%2f..",
+        "https://host:8443/base/jobs/..;a=1/jobs",
+        "https://host:8443/base/jobs/..%3Ba/jobs",
+        "https://host:8443/base/jobs/%252e%252e/jobs",
+        "https://host:8443/base/jobs%5C..%5Cjobs",
         "https://user@host:8443/base/jobs",
         "https://host:8443@evil/base/jobs",
         "https://host:8443/base/jobs#x",
