@@ -137,15 +137,17 @@ class Service:
     def check_path(self, path: str) -> str:
         """Return a path that stays within the service. Raises ServiceNotConfigured where it has a "..".
 
-        However it is spelt: servers and proxies differ in what they decode, how often, and what they leave out.
+        However it is spelt: servers and proxies differ in what they decode, and how often.
         """
-        plain, before = path.partition("?")[0], ""
-        while plain != before:
+        plain = path.partition("?")[0]
+        for _ in range(4):
             if _DOTS.search(plain):
                 raise ServiceNotConfigured(
                     self.id, "the path has a step '.' or '..', which may lead out of it"
                 )
-            plain, before = unquote(plain), plain
+            if "%" not in plain:
+                break
+            plain = unquote(plain)
         return path
 
     def masked(self, text: str) -> str:
