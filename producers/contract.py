@@ -431,7 +431,7 @@ def _json_value(value: Any) -> Any:
 
 
 def _path(value: str) -> str:
-    if not _PATH.match(value) or value.startswith("//") or "\\" in value:
+    if not _PATH.match(value) or value.startswith("//") or "\\" in value or "#" in value:
         raise ValueError(
             "is no path within the service: begin with one '/', percent-encode what is special, name no host"
         )
@@ -446,6 +446,8 @@ def _url(value: str) -> str:
     parts = urlsplit(value)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
         raise ValueError("is no http:// or https:// URL without credentials")
+    if "#" in value:
+        raise ValueError("has a '#': percent-encode it, as %23")
     _path((parts.path or "/") + (f"?{parts.query}" if parts.query else ""))
     return value
 
@@ -629,8 +631,11 @@ class PollRequest(_Request):
             yield "job_id: a job that is submitted has none yet: leave it out, or leave submit out"
         if self.submit is None and (self.submit_once or self.find is not None):
             yield f"{'find' if self.find else 'submit_once'}: needs submit"
-        if self.submit is None and self.job_id is None and "{job_id}" in (self.path or ""):
-            yield "path: has {job_id}, and there is neither a job_id nor a submit that yields one"
+        if self.submit is None and self.job_id is None:
+            for name in ("path", "url", "query", "body"):
+                given = getattr(self, name)
+                if given and "{job_id}" in _as_json(given):
+                    yield f"{name}: has {{job_id}}, and there is neither a job_id nor a submit that yields it"
         if self.submit is not None and "{job_id}" in _texts_of(self.submit):
             yield "submit: has {job_id}, which is known only afterwards"
         if self.find is not None and "{job_id}" in _texts_of(self.find):

@@ -33,6 +33,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("a path of another host", {"path": f"//{CANARY}/jobs"}, "path: is no path within the service"),
     ("a path without a slash", {"path": CANARY}, "path: is no path within the service"),
     ("a path with a space", {"path": f"/{CANARY} x"}, "path: is no path within the service"),
+    ("a path with a fragment", {"path": f"/jobs#{CANARY}"}, "path: is no path within the service"),
+    ("a url with a fragment", {"path": None, "url": f"http://h/x#{CANARY}"}, "url: has a '#'"),
     ("an unknown placeholder", {"path": "/jobs/{id}"}, "path: has a placeholder"),
     ("a path with half a placeholder", {"path": "/jobs/{job_id"}, "path: has a placeholder"),
     ("a url with a password", {"path": None, "url": f"http://u:{CANARY}@h/x"}, "url: is no http"),
@@ -107,9 +109,20 @@ def test_a_submission_that_contradicts_itself_is_told(what, fields, words):
         PollRequest(**{**SUBMITTED, **fields})
 
 
-def test_a_path_with_the_id_needs_one():
-    with pytest.raises(InvalidRequest, match="neither a job_id nor a submit"):
-        PollRequest(service="train", path="/jobs/{job_id}")
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("path", {"path": "/jobs/{job_id}"}),
+        ("url", {"url": "http://h/jobs/{job_id}"}),
+        ("query", {"path": "/jobs", "query": {"id": "{job_id}"}}),
+        ("body", {"path": "/jobs", "method": "POST", "body": {"ids": ["{job_id}"]}}),
+    ],
+)
+def test_what_asks_by_the_id_needs_one(name, fields):
+    with pytest.raises(InvalidRequest, match=f"{name}: has {{job_id}}, and there is neither a job_id nor a"):
+        PollRequest(service="train", **fields)
+    assert PollRequest(service="train", job_id="17", **fields)
+    assert PollRequest(service="train", submit=SUBMIT, **fields)
 
 
 def test_it_comes_out_of_its_message_as_it_went_in():
