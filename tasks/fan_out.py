@@ -82,8 +82,9 @@ from .waiting import wait
 log = get_logger("dagrelay.fan_out")
 
 CHUNK_BUDGET_S: Final = 240.0
-"""After this long a chunk begins no more requests: the rest leaves it. A task that runs for 15 minutes ends
-its process, and an Airflow that takes seconds for each trigger is no case for a batch."""
+"""After this long a chunk begins no more requests, at whatever Airflow: the rest leaves it, or where each
+failure counts before the next, is begun by a further delivery. A task that runs for 15 minutes ends its
+process, and an Airflow that takes seconds for each trigger is no case for a batch."""
 
 CHUNK_PRIORITY: Final = 3
 """0 goes first: what is asked for by itself overtakes the chunks that wait in the queue."""
@@ -174,6 +175,7 @@ def trigger_chunk(self: Any, /, *, fan_out_id: str, index: int, **message: Any) 
     """Start the triggers of one chunk; delivered again, it goes on with those that were not begun."""
     _raise_if_newer(self, message)
     store = fan_outs()
+    until = time.monotonic() + CHUNK_BUDGET_S
     if getattr(self.request, "chunk_revoked", False):
         cancel_by_chunk(store, fan_out_id, self.request.id)
     again = bool((self.request.delivery_info or {}).get("redelivered"))
@@ -185,7 +187,7 @@ def trigger_chunk(self: Any, /, *, fan_out_id: str, index: int, **message: Any) 
         # With on_error="stop" only as many are begun as can be in flight, and their ends are waited for.
         some = fresh[: _side_by_side(fresh)] if begun.on_error == "stop" else fresh
         if some:
-            start_some(store, fan_out_id, index, some, again=again)
+            start_some(store, fan_out_id, index, some, again=again, until=until)
         outside = store.close(fan_out_id, index, all_begun=len(some) == len(fresh))
         if outside:
             raise wait(
@@ -195,6 +197,8 @@ def trigger_chunk(self: Any, /, *, fan_out_id: str, index: int, **message: Any) 
             )
         if len(some) == len(fresh):
             return
+        if time.monotonic() > until:
+            raise wait(self, until=0.0, what=f"its next turn in fan-out {fan_out_id}")
 
 
 @app.task(name=FAN_OUT_END, bind=True, base=FanOutTask)
@@ -316,16 +320,15 @@ class _Line:
     def after_fork(self) -> None:
         self._turns: asyncio.Semaphore | None = None
 
-    async def send_all(self, jobs: Sequence[_Job]) -> None:
-        """Send all of them, and note the answers. What has not had its turn within the budget is not sent."""
+    async def send_all(self, jobs: Sequence[_Job], until: float) -> None:
+        """Send all of them, and note the answers. What has not had its turn until then is not sent."""
         if self._turns is None:
             self._turns = asyncio.Semaphore(self._in_flight)
-        until = asyncio.get_running_loop().time() + CHUNK_BUDGET_S
         await asyncio.gather(*(self._send(job, self._turns, until) for job in jobs))
 
     async def _send(self, job: _Job, turns: asyncio.Semaphore, until: float) -> None:
         async with turns:
-            if asyncio.get_running_loop().time() > until:
+            if time.monotonic() > until:
                 return
             try:
                 job.answer = await self._sender.send(job.post)
@@ -354,32 +357,65 @@ def _side_by_side(items: Sequence[tuple[str, dict[str, Any]]]) -> int:
 
 
 def start_some(
-    store: FanOuts, fan_out_id: str, index: int, items: Sequence[tuple[str, dict[str, Any]]], *, again: bool
+    store: FanOuts,
+    fan_out_id: str,
+    index: int,
+    items: Sequence[tuple[str, dict[str, Any]]],
+    *,
+    again: bool,
+    until: float,
 ) -> None:
     """Post these requests side by side; end those that were made, and have the others leave the chunk.
 
-    `again`: an earlier worker may have posted them.
+    `again`: an earlier worker may have posted them. `until`, by the monotonic clock, is when no more are.
     """
     made: list[tuple[str, str]] = []
     left: list[_Left] = []
+    known: set[str] = set()
     posted: set[str] = set()
+
+    def hand_on() -> None:
+        known.update(task_id for task_id, _ in made)
+        known.update(one.task_id for one in left)
+        _hand_on(store, fan_out_id, index, made, left, again=again)
+        log.info(
+            "chunk begun fan_out=%s index=%d started=%d left=%d", fan_out_id, index, len(made), len(left)
+        )
+        made.clear()
+        left.clear()
+
     try:
-        for api, connection, jobs in _prepared(items, left):
+        for api, connection, jobs in _prepared(items, left, until):
             line = _line(connection)
             posted |= {job.task_id for job in jobs}
-            in_loop(line.send_all(jobs)).result()
+            in_loop(line.send_all(jobs, until)).result()
             for job in jobs:
                 _read(api, connection, job, made, left)
+            hand_on()  # before the next Airflow is asked: it may take long
     except (NotHandedOver, RedisError):
         raise
     except Exception as exc:  # noqa: BLE001 - whatever it is, trigger_dag meets it again and decides for each
         log.error("chunk not begun in bulk fan_out=%s index=%d: %s", fan_out_id, index, said(exc))
-        known = {task_id for task_id, _ in made} | {one.task_id for one in left}
+        known |= {task_id for task_id, _ in made} | {one.task_id for one in left}
         left += [
             _Left(task_id, envelope, said(exc), unsure=task_id in posted)
             for task_id, envelope in items
             if task_id not in known
         ]
+    if made or left:
+        hand_on()
+
+
+def _hand_on(
+    store: FanOuts,
+    fan_out_id: str,
+    index: int,
+    made: Sequence[tuple[str, str]],
+    left: Sequence[_Left],
+    *,
+    again: bool,
+) -> None:
+    """Write what became of requests: the ends of those made, and messages for those that leave."""
     for one in left:
         if (one.unsure or again) and one.run is None:
             records().attempt_failed(one.task_id, one.reason or "its chunk was interrupted", unsure=True)
@@ -388,11 +424,10 @@ def start_some(
         _cancel_too([one.task_id for one in left], store.stopped(fan_out_id))  # meanwhile
     if made:
         store.end_items(made, result_ttl_s=settings().result_ttl_s, date_done=app.now().isoformat())
-    log.info("chunk begun fan_out=%s index=%d started=%d left=%d", fan_out_id, index, len(made), len(left))
 
 
 def _prepared(
-    items: Sequence[tuple[str, dict[str, Any]]], left: list[_Left]
+    items: Sequence[tuple[str, dict[str, Any]]], left: list[_Left], until: float
 ) -> Iterator[tuple[ApiModule, AirflowConnection, list[_Job]]]:
     """Yield what can be posted, by connection; what cannot leaves."""
     by_connection: dict[str, list[tuple[str, dict[str, Any], TriggerRequest, Any]]] = {}
@@ -410,7 +445,7 @@ def _prepared(
         )
     for name, wanted in by_connection.items():
         connection = settings().connections.get(name)
-        known = None if connection is None else _authorised(connection)
+        known = None if connection is None or time.monotonic() > until else _authorised(connection)
         if connection is None or known is None:
             left += [_Left(task_id, envelope) for task_id, envelope, *_ in wanted]
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -601,11 +602,14 @@ def connected(inside: ModuleType, airflow: FakeAirflow, monkeypatch: pytest.Monk
     return inside
 
 
-def start_all(inside: ModuleType, relay: RelayClient, fan: FanOut) -> dict[str, bytes]:
+def start_all(
+    inside: ModuleType, relay: RelayClient, fan: FanOut, until: float = math.inf
+) -> dict[str, bytes]:
     """Start a fan-out's first chunk; return the messages that left it."""
     store = FanOuts(relay.redis)
     relay.redis.delete("triggers")
-    inside.start_some(store, fan.id, 0, inside.to_begin(store.begin(fan.id, 0)), again=False)
+    items = inside.to_begin(store.begin(fan.id, 0))
+    inside.start_some(store, fan.id, 0, items, again=False, until=until)
     left = relay.redis.lrange("triggers", 0, -1)
     return {json.loads(message)["headers"]["id"]: message for message in left}
 
@@ -641,6 +645,44 @@ def test_where_a_chunk_cannot_be_posted_at_all_its_requests_leave_it(
 
     assert set(left) == {one.id for one in fan.handles}
     assert not any(one.record().unsure for one in fan.handles)
+
+
+def test_what_one_airflow_made_is_written_before_the_next_is_asked(
+    connected, valkey, relay, airflow, monkeypatch
+):
+    fan = fan_out([*many(2), *many(2, connection="other")], relay=relay)
+    real, seen = ManySender.send, []
+
+    async def send(self: ManySender, request: HttpRequest) -> HttpResponse:
+        seen.append([one.state for one in fan.handles])
+        return await real(self, request)
+
+    monkeypatch.setattr(ManySender, "send", send)
+
+    assert start_all(connected, relay, fan) == {}
+    assert seen == [["accepted"] * 4] * 2 + [["done", "done", "accepted", "accepted"]] * 2
+
+
+def test_once_its_time_is_over_a_chunk_asks_no_airflow_any_more(connected, valkey, relay, airflow):
+    fan = fan_out([*many(2), *many(2, connection="other")], relay=relay)
+
+    left = start_all(connected, relay, fan, until=time.monotonic())
+
+    assert set(left) == {one.id for one in fan.handles}
+    assert not airflow.runs
+
+
+def test_where_each_failure_counts_a_chunk_whose_time_is_over_comes_back_for_the_rest(
+    relay, airflow, start_worker, tmp_path
+):
+    tmp_path.joinpath("hurried.py").write_text("import tasks.fan_out as f; f.CHUNK_BUDGET_S = 0.3")
+    airflow.late_s, airflow.fault = 0.5, lambda *_: "late"
+    fan = fan_out(many(12), on_error="stop", relay=relay)
+    worker = start_worker(options=("-I", "hurried"), PYTHONPATH=str(tmp_path))
+
+    assert {one.state for one in fan.get(timeout=20)} == {"done"}
+    assert "its next turn" in worker.text()
+    assert set(airflow.posts.values()) == {1}
 
 
 def test_an_unknown_outcome_that_is_corrected_in_time_is_told_corrected(valkey, relay):
