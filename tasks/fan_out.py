@@ -212,12 +212,7 @@ def fan_out_end(self: Any, /, parts: Any = None, *, fan_out_id: str, **message: 
     state = store.get(fan_out_id)
     if state is None:
         raise FanOutBroken(fan_out_id, _size_of(known.progress), "its bookkeeping is gone")
-    outcomes = [found for found in store.outcomes(fan_out_id, state.total) if found is not None]
-    if store.outcomes_bytes(fan_out_id) > MAX_OUTCOMES_BYTES:
-        log.warning("outcomes without the results of tasks: too large together id=%s", fan_out_id)
-        for found in outcomes:
-            if found.get("run"):
-                found["run"]["result"] = None
+    outcomes = told_outcomes(store, fan_out_id, state.total)
     if len(outcomes) < state.total:
         raise FanOutBroken(fan_out_id, state.total - len(outcomes), "a part of its bookkeeping is gone")
     waits().learn(fan_out_id, progress=_told(state))
@@ -228,6 +223,15 @@ def fan_out_end(self: Any, /, parts: Any = None, *, fan_out_id: str, **message: 
         store.send_once(fan_out_id, "then_sent", messages)
     log.info("fan-out ended id=%s %s", fan_out_id, _told(state))
     return outcomes
+
+
+def told_outcomes(store: FanOuts, fan_out_id: str, total: int) -> list[dict[str, Any]]:
+    """Return the outcomes that there are; without what tasks returned where they are too large together."""
+    small = store.outcomes_bytes(fan_out_id) <= MAX_OUTCOMES_BYTES
+    if not small:
+        log.warning("outcomes without the results of tasks: too large together id=%s", fan_out_id)
+    found = store.outcomes(fan_out_id, total, with_results=small)
+    return [one for one in found if one is not None]
 
 
 def _told(state: FanOutState) -> str:

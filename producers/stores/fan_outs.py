@@ -56,6 +56,9 @@ CHUNK_BYTES: Final = 1_000_000
 AT_ONCE_BYTES: Final = 2_000_000
 """How much a call sends before it waits for Redis' answers."""
 
+OUTCOMES_AT_ONCE: Final = 16
+"""How many outcomes are read in one step where they are large: each may be over a megabyte."""
+
 FIRST_WATCH_S: Final = 60.0
 
 ASKED_BY: Final = "asked by "
@@ -460,10 +463,22 @@ class FanOuts:
         """Return why nothing more of it is to be started, or ""."""
         return _text(self._client.hget(fan_out_key(fan_out_id), "stopped") or "")
 
-    def outcomes(self, fan_out_id: str, total: int) -> list[dict[str, Any] | None]:
-        """Return all outcomes in the order of the requests; None where there is none yet."""
-        raw = self._client.hgetall(f"{fan_out_key(fan_out_id)}:outcomes")
-        found = {int(place): json.loads(text) for place, text in raw.items()}
+    def outcomes(
+        self, fan_out_id: str, total: int, *, with_results: bool = True
+    ) -> list[dict[str, Any] | None]:
+        """Return all outcomes in the order of the requests; None where there is none yet.
+
+        Without the results of tasks they are read a few at a time, and never lie in memory all together.
+        """
+        key = f"{fan_out_key(fan_out_id)}:outcomes"
+        found: dict[int, dict[str, Any]] = {}
+        client = self._client
+        few = client.hscan_iter(key, count=OUTCOMES_AT_ONCE)
+        for place, text in client.hgetall(key).items() if with_results else few:
+            outcome = json.loads(text)
+            if not with_results and outcome.get("run"):
+                outcome["run"]["result"] = None
+            found[int(place)] = outcome
         return [found.get(place) for place in range(total)]
 
     def outcomes_bytes(self, fan_out_id: str) -> int:

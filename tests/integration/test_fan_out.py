@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from celery import Celery
@@ -683,6 +684,22 @@ def test_where_each_failure_counts_a_chunk_whose_time_is_over_comes_back_for_the
     assert {one.state for one in fan.get(timeout=20)} == {"done"}
     assert "its next turn" in worker.text()
     assert set(airflow.posts.values()) == {1}
+
+
+def test_outcomes_too_large_together_are_told_without_what_tasks_returned(inside, valkey, relay, monkeypatch):
+    fan = fan_out(many(300), relay=relay)
+    for number, handle in enumerate(fan.handles):
+        run = json.dumps({"dag_run_id": f"r{number}", "result": "x" * 1000})
+        store(relay.redis, handle.id, result="{}", result_ttl_s=60, state="done", found={"run": run})
+    whole = inside.told_outcomes(FanOuts(relay.redis), fan.id, 300)
+    monkeypatch.setattr(inside, "MAX_OUTCOMES_BYTES", 300_000)
+    all_at_once = Mock(side_effect=AssertionError("read all together"))
+    monkeypatch.setattr(Redis, "hgetall", all_at_once)
+
+    told = inside.told_outcomes(FanOuts(relay.redis), fan.id, 300)
+
+    assert {len(one["run"]["result"]) for one in whole} == {1000}
+    assert [one["run"] for one in told] == [{"dag_run_id": f"r{n}", "result": None} for n in range(300)]
 
 
 def test_an_unknown_outcome_that_is_corrected_in_time_is_told_corrected(valkey, relay):
