@@ -25,7 +25,7 @@ from typing import Any, Final
 
 from celery import chord, states
 from celery.canvas import maybe_signature
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, TaskPredicate
 from celery.utils.log import get_logger
 from celery.worker import state as worker_state
 from celery.worker.state import task_ready
@@ -130,10 +130,19 @@ class ChunkRequest(RelayRequest):
 
 
 class ChunkTask(FanOutTask):
-    """A part of the chord's header."""
+    """A part of the chord's header, which never fails: that would be the end of the body."""
 
     abstract = True
     Request = "tasks.fan_out:ChunkRequest"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it; with what nobody foresaw its message comes back, and after some times is put aside."""
+        try:
+            return super().__call__(*args, **kwargs)
+        except TaskPredicate:
+            raise
+        except Exception as exc:
+            raise NotHandedOver(said(exc), by_itself=True) from exc
 
 
 def fan_outs() -> FanOuts:

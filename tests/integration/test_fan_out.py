@@ -477,6 +477,32 @@ def test_a_chunk_that_is_revoked_before_it_began_begins_nothing(relay, start_wor
     assert {(one.state, one.reason) for one in fan.get(timeout=20)} == {("cancelled", "asked by hand")}
 
 
+def test_a_chunk_whose_process_is_ended_by_a_revoke_comes_back_and_cancels_its_fan_out(
+    relay, airflow, start_worker
+):
+    airflow.late_s, airflow.fault = 2, lambda *_: "late"
+    fan = fan_out(many(2), then=collect("ended").set(queue="host"), relay=relay)
+    start_worker(options=("-P", "processes", "-c", "1"))
+    until(lambda: len(airflow.runs) == 2)
+    chunk = chunk_id(fan.id, 0)
+
+    Celery("stock", broker=relay.settings.redis_url).control.revoke(chunk, terminate=True, signal="SIGKILL")
+
+    assert [one.state for one in fan.get(timeout=20)] == ["cancelled"] * 2
+    assert relay.redis.llen("host") == 1
+    assert relay.handle(chunk).state == "done"
+
+
+def test_a_chunk_that_cannot_be_read_is_put_back_and_never_fails(inside, valkey, relay):
+    fan = fan_out(many(2), relay=relay)
+    relay.redis.hset(f"{fan_out_key(fan.id)}:requests", "0", "[")
+
+    with pytest.raises(NotHandedOver) as back:
+        inside.trigger_chunk(fan_out_id=fan.id, index=0)
+
+    assert back.value.by_itself
+
+
 def test_a_held_connection_is_asked_nothing(relay, airflow, worker):
     airflow.refuse_token = True
     probe = relay.enqueue(TriggerRequest("daily_sales"))
