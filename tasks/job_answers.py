@@ -21,7 +21,8 @@ from typing import Any, Final, Literal, NamedTuple, cast
 from urllib.parse import quote, unquote_plus, urlencode
 
 import jmespath
-from jmespath.visitor import TreeInterpreter
+from jmespath.functions import Functions, signature
+from jmespath.visitor import Options, TreeInterpreter
 
 from producers.contract import MAX_RESULT_BYTES, Call, PollRequest, reference_for
 from producers.errors import (
@@ -210,7 +211,20 @@ def _rules(*given: Any) -> Rules:
     return Rules(**values)
 
 
-_interpreter = TreeInterpreter()  # one for all: it keeps nothing of what it reads
+class _Functions(Functions):
+    """The functions of JMESPath, of which the one that writes JSON writes none without end: see `_fits`."""
+
+    @signature({"types": []})
+    def _func_to_string(self, value: Any) -> str:
+        if isinstance(value, str):
+            return value
+        if not _fits(value, MAX_RESULT_BYTES):
+            raise ValueError("is too large for a text")
+        return json.dumps(value, separators=(",", ":"), default=str)
+
+
+# One for all: it keeps nothing of what it reads.
+_interpreter = TreeInterpreter(Options(custom_functions=_Functions()))
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 

@@ -440,16 +440,21 @@ def test_words_are_cut_at_whole_characters():
     assert short("\ud800x") == "x"
 
 
+@pytest.mark.parametrize("last", ["@", "to_string(@)"])
 @pytest.mark.parametrize("body", [{"state": "done", "x": 1}, {"state": "failed"}, {"state": "running"}])
-def test_a_value_that_is_small_in_memory_and_endless_as_json_is_never_written_out(body):
-    endless = "|".join(["[@,@]"] * 100)
+def test_a_value_that_is_small_in_memory_and_endless_as_json_is_never_written_out(body, last):
+    endless = "|".join(["[@,@]"] * 100 + [last])
 
     found = read_look(look(result=endless, reason=endless, progress=endless), answer(body))
 
     assert len(json.dumps(End.of(found).to_json())) < 1000
     if body["state"] == "done":
         assert (found.kind, found.field) == ("unreadable", "result")
-        assert f"over the limit of {MAX_RESULT_BYTES}" in found.words
+        assert ("over the limit" if last == "@" else "the expression fails") in found.words
+
+
+def test_a_text_of_a_value_is_its_json():
+    assert read_look(look(result="to_string(a)"), answer({"state": "done", "a": [1]})).result == "[1]"
 
 
 def test_a_result_that_json_cannot_hold_ends_the_job_as_unreadable():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -43,6 +43,19 @@ def address() -> Iterator[str]:
     thread.join()
 
 
+@pytest.fixture
+def following(address: str) -> Iterator[Callable[..., JobFollower]]:
+    made: list[JobFollower] = []
+
+    def make(**more: int) -> JobFollower:
+        made.append(JobFollower(Service("train", address, **more)))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one._sender.close()
+
+
 def claimed(job_id: str) -> Claimed:
     kwargs = {"service": "train", "path": "/jobs/{job_id}", "job_id": job_id}
     message = json.dumps({"body": json.dumps([[], kwargs, {}])}).encode()
@@ -70,8 +83,8 @@ class Batches:
             return list(self.seen)
 
 
-def test_an_answer_that_is_far_larger_than_any_result_is_not_read(address):
-    batches = Batches(JobFollower(Service("train", address)))
+def test_an_answer_that_is_far_larger_than_any_result_is_not_read(following):
+    batches = Batches(following())
 
     batches.start("large", "small")
     by_job = {one.task_id: one for one in batches.wait_for(2)}
@@ -81,8 +94,8 @@ def test_an_answer_that_is_far_larger_than_any_result_is_not_read(address):
     assert "larger than 4 MB" in by_job["large"].second
 
 
-def test_what_begins_as_the_last_line_ends_is_looked_at(address):
-    follower = JobFollower(Service("train", address, max_in_flight=1))
+def test_what_begins_as_the_last_line_ends_is_looked_at(following):
+    follower = following(max_in_flight=1)
 
     async def one_after_the_other() -> list[int]:
         # As the loop may run them: the next batch begins in the very turn in which the line before has ended.
@@ -100,8 +113,8 @@ def test_what_begins_as_the_last_line_ends_is_looked_at(address):
     assert {one.task_id for one in batches.wait_for(3)} == {"a", "b", "c"}
 
 
-def test_there_is_room_again_when_all_is_done_whoever_began_it(address):
-    follower = JobFollower(Service("train", address, max_in_flight=8))
+def test_there_is_room_again_when_all_is_done_whoever_began_it(following):
+    follower = following(max_in_flight=8)
     batches = Batches(follower)
     threads = [threading.Thread(target=batches.start, args=[f"{n}-{m}" for m in range(20)]) for n in range(8)]
     for thread in threads:
