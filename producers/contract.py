@@ -73,6 +73,9 @@ MAX_WAIT_S: Final = 90 * 86_400.0
 MAX_RESULT_BYTES: Final = 1_000_000
 """The largest result of an external job, or XCom of a run, as JSON: it lies in Redis and travels on."""
 
+MAX_MULTIPLIED: Final = 4096
+"""How many times what it reads a JMESPath expression may yield."""
+
 MAX_FAN_OUT: Final = 50_000
 
 
@@ -456,10 +459,27 @@ def _expression(value: str) -> str:
     import jmespath  # here: a service that polls nothing does not load it
 
     try:
-        jmespath.compile(value)
-    except jmespath.exceptions.JMESPathError as exc:
+        parsed = jmespath.compile(value).parsed
+    except (jmespath.exceptions.JMESPathError, RecursionError) as exc:
         raise ValueError(f"is no JMESPath expression: {' '.join(str(exc).split())[:200]}") from None
+    if _multiplies_by(parsed) > MAX_MULTIPLIED:
+        raise ValueError(f"may make more than {MAX_MULTIPLIED} times as much of an answer as it is: say less")
     return value
+
+
+def _multiplies_by(node: Mapping[str, Any]) -> int:
+    """Return how many times what it reads an expression may yield: `[@,@]|[@,@]|…` doubles it each time.
+
+    Such a value costs next to nothing until somebody walks through it, or writes it as JSON.
+    """
+    children = [child for child in node.get("children", ()) if isinstance(child, Mapping)]
+    several = node.get("type") in ("multi_select_list", "multi_select_dict", "function_expression")
+    factor = max(1, len(children)) if several else 1
+    for child in children:
+        factor *= _multiplies_by(child)
+        if factor > MAX_MULTIPLIED:
+            break
+    return factor
 
 
 def _headers(value: dict[str, str]) -> dict[str, str]:

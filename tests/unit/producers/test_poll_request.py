@@ -41,6 +41,10 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("a url of a file", {"path": None, "url": "file:///etc/passwd"}, "url: is no http"),
     ("an expression that does not compile", {"state": "jobs[0"}, "state: is no JMESPath expression"),
     ("a result that does not compile", {"result": "a b"}, "result: is no JMESPath expression"),
+    ("a result that doubles", {"result": "|".join(["[@,@]"] * 13)}, "result: may make more than 4096 times"),
+    ("a progress that doubles", {"progress": ".".join(["{a:a,b:a}"] * 13)}, "progress: may make more than"),
+    ("a join that doubles", {"reason": "|".join(["join('',[@,@])"] * 10)}, "reason: may make more than"),
+    ("an expression too deep", {"state": "(" * 490 + "a" + ")" * 490}, "state: is no JMESPath expression"),
     (
         "states that overlap",
         {"success": ["Done"], "failure": ["done"]},
