@@ -24,7 +24,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Annotated, Any, ClassVar, Final, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Protocol, Self
 from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import (
@@ -713,14 +713,25 @@ def _texts_of(call: Call) -> str:
     return _as_json([call.path, call.body, call.query])
 
 
-def interval_after(waited_s: float, request: PollRequest) -> float:
+class Rhythm(Protocol):
+    """How often something is looked at: see `PollRequest`."""
+
+    @property
+    def interval_s(self) -> float: ...
+    @property
+    def growth(self) -> float: ...
+    @property
+    def max_interval_s(self) -> float: ...
+
+
+def interval_after(waited_s: float, rhythm: Rhythm) -> float:
     """Return the pause before the next look, without jitter, when it has been waited for `waited_s`.
 
     Pauses i, i·g, i·g², … sum up to waited = i·(gⁿ−1)/(g−1), so the next one, i·gⁿ, is i + (g−1)·waited:
     nothing needs to be kept between two looks.
     """
-    grown = request.interval_s + (request.growth - 1) * max(0.0, waited_s)
-    return min(max(request.max_interval_s, request.interval_s), grown)
+    grown = rhythm.interval_s + (rhythm.growth - 1) * max(0.0, waited_s)
+    return min(max(rhythm.max_interval_s, rhythm.interval_s), grown)
 
 
 def conf_summary(conf: Mapping[str, Any]) -> str:

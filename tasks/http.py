@@ -46,6 +46,8 @@ READ_TIMEOUT_S: Final = 10.0
 MAX_ANSWER_BYTES: Final = 32_000_000
 """A list of 25 runs with 1 MB of conf each is 25 MB; more is no answer of Airflow's to a question of ours."""
 
+MAX_RETRY_AFTER_S: Final = 86_400.0
+
 MAX_IDLE_S: Final = 4.0
 """Kept-alive connections unused for longer are opened anew: many servers close theirs after 5 s, and a
 request that meets the closing is one of which nobody knows whether it was done."""
@@ -107,6 +109,17 @@ class HttpResponse:
     def text(self, limit: int) -> str:
         """Return up to `limit` characters of the body, with what is not UTF-8 replaced."""
         return self.body[: 4 * limit].decode("utf-8", "replace")[:limit]
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """Return how many seconds the server asks us to wait, or None if it does not say.
+
+    Reads the delta-seconds form, up to one day; an HTTP-date counts as absent. Keys are lower case.
+    Raises nothing: an odd header must not hide the error it came with.
+    Source: RFC 9110, section 10.2.3.
+    """
+    value = headers.get("retry-after", "").strip()
+    return min(float(value), MAX_RETRY_AFTER_S) if value.isascii() and value.isdecimal() else None
 
 
 class NoAnswer(Exception):

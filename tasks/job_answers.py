@@ -24,7 +24,7 @@ import jmespath
 from jmespath.functions import Functions, signature
 from jmespath.visitor import Options, TreeInterpreter
 
-from producers.contract import MAX_RESULT_BYTES, Call, PollRequest, reference_for
+from producers.contract import MAX_RESULT_BYTES, Call, PollRequest, interval_after, reference_for
 from producers.errors import (
     DagrelayError,
     ExternalJobFailed,
@@ -33,13 +33,12 @@ from producers.errors import (
     InvalidRequest,
 )
 
-from .http import HttpRequest, HttpResponse
+from .http import HttpRequest, HttpResponse, retry_after_s
 from .services import Service
 
 MAX_WORDS_BYTES: Final = 200
 MAX_STATE_BYTES: Final = 64
 MAX_JOB_ID: Final = 500
-MAX_RETRY_AFTER_S: Final = 86_400.0
 FIND_SCANNED: Final = 4000
 """How many characters of an answer are searched for secrets before 200 bytes of it are kept."""
 
@@ -164,8 +163,7 @@ class Rules(NamedTuple):
 
     def pause_s(self, waited_s: float, retry_after_s: float | None = None, at_least_s: float = 0.0) -> float:
         """Return the pause before the next look, with jitter, when it has been waited for `waited_s`."""
-        grown = self.interval_s + (self.growth - 1) * max(0.0, waited_s)
-        pause = min(max(self.max_interval_s, self.interval_s), grown)
+        pause = interval_after(waited_s, self)
         pause *= 1 + random.uniform(-self.jitter, self.jitter)  # noqa: S311
         return max(pause, retry_after_s or 0.0, at_least_s)
 
@@ -490,16 +488,6 @@ def job_id_in(expression: str, response: HttpResponse) -> str | None:
     return text
 
 
-def retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """Return how many seconds the service asks us to wait, or None if it does not say.
-
-    Reads the delta-seconds form, up to one day; an HTTP-date counts as absent. Keys are lower case.
-    Source: RFC 9110, section 10.2.3.
-    """
-    value = headers.get("retry-after", "").strip()
-    return min(float(value), MAX_RETRY_AFTER_S) if value.isascii() and value.isdecimal() else None
-
-
 _NOT_JSON: Final = object()
 
 
@@ -624,5 +612,5 @@ def _quietly(read: Read | None, value: Any) -> str:
         if found is None:
             return ""
         return found[:FIND_SCANNED] if isinstance(found, str) else _begun(found, FIND_SCANNED)
-    except Exception:  # noqa: BLE001 - it is there to be shown, no more
-        return ""
+    except Exception as exc:  # noqa: BLE001 - it is there to be shown, no more, and so is what is wrong with it
+        return f"the expression fails: {type(exc).__name__}"

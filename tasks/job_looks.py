@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final, cast
@@ -108,8 +109,9 @@ class JobFollower:
                 continue
             try:
                 seen = await self._look(claimed, now)
-            except Exception:
-                log.exception("a look failed task_id=%s", claimed.task_id)
+            except Exception as exc:  # noqa: BLE001 - whatever it is, the other looks go on
+                # Its words may hold a URL, and that a credential: the class and the place are enough.
+                log.error("a look failed task_id=%s: %s at %s", claimed.task_id, said(exc), place_of(exc))
                 seen = Seen(claimed.task_id, claimed.epoch, "again", self.lease_s)
             self._took_s += (time.monotonic() - began - self._took_s) / 8
             self._hand(done, seen)
@@ -184,6 +186,12 @@ def told(
             shown=observed.state != seen,
         )
     return Seen(claimed.task_id, claimed.epoch, "again", pause_s)
+
+
+def place_of(exc: BaseException) -> str:
+    """Return where an exception was raised: file and line."""
+    frames = traceback.extract_tb(exc.__traceback__)
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "an unknown place"
 
 
 def ended(claimed: Claimed, observed: Observed) -> Seen:

@@ -19,10 +19,9 @@ from urllib.parse import quote
 from producers.contract import DagRun
 from producers.errors import AirflowUnavailable, RequestRejected
 from tasks.airflow.connections import AirflowConnection, ApiVersion
-from tasks.http import HttpResponse
+from tasks.http import HttpResponse, retry_after_s
 
 MAX_WORDS: Final = 500
-MAX_RETRY_AFTER_S: Final = 86_400.0
 
 MAX_LIST: Final = 1000
 """Runs of one list. Both versions take any limit here; a thousand are 1.3 MB where confs are small."""
@@ -208,17 +207,6 @@ def this_run(response: HttpResponse, dag_id: str, run_id: str, api: ApiVersion) 
     if (view.dag_id, view.run_id) != (dag_id, run_id):
         raise AirflowUnavailable("the answer is about another run than the one asked for")
     return view
-
-
-def retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """Return how many seconds Airflow asks us to wait, or None if it does not say.
-
-    Reads the delta-seconds form, up to one day; an HTTP-date counts as absent. Keys are lower case.
-    Raises nothing: an odd header must not hide the error it came with.
-    Source: RFC 9110, section 10.2.3.
-    """
-    value = headers.get("retry-after", "").strip()
-    return min(float(value), MAX_RETRY_AFTER_S) if value.isascii() and value.isdecimal() else None
 
 
 def unavailable(response: HttpResponse, words: str = "") -> AirflowUnavailable:

@@ -243,10 +243,14 @@ def test_an_expression_that_fails_on_an_answer_is_an_error_that_names_its_field(
     bad_state = read_look(look(state="length(state)"), answer({"state": 5}))
     bad_result = read_look(look(result="length(state)", success=["5"]), answer({"state": 5}))
     bad_progress = read_look(look(progress="length(n)"), answer({"state": "running", "n": 1}))
+    bad_reason = read_look(look(reason="length(n)"), answer({"state": "failed", "n": 1}))
 
     assert (bad_state.kind, bad_state.field) == ("nonsense", "state")
     assert (bad_result.kind, bad_result.field) == ("unreadable", "result")
-    assert (bad_progress.kind, bad_progress.progress) == ("running", "")
+    # What is only shown changes nothing about the job, and says itself what is wrong with it.
+    why = "the expression fails: JMESPathTypeError"
+    assert (bad_progress.kind, bad_progress.progress) == ("running", why)
+    assert (bad_reason.kind, bad_reason.words) == ("failed", why)
 
 
 def test_nonsense_keeps_its_first_200_bytes_on_one_line_with_secrets_masked():
