@@ -16,7 +16,7 @@ from celery.exceptions import Ignore, Reject
 from celery.utils.dispatch import Signal
 from celery.utils.log import get_logger
 
-from producers.stores.records import Script, record_key
+from producers.stores.records import record_key
 from producers.stores.waits import CANCELLED, DUE, PARKED, WAIT, looks_key, seen_key
 
 from .event_batches import tell
@@ -89,8 +89,7 @@ def park(client: Any, task_id: str, epoch: int, queue_key: str, message: bytes, 
     """Park a message that waits; called by the transport with what `wait` has put into its header."""
     found = [text for pair in header["found"].items() for text in pair]
     look = header["look"]
-    answer = _run(
-        WAIT,
+    answer = WAIT.run(
         client,
         (PARKED, DUE, record_key(task_id), seen_key(task_id), CANCELLED, looks_key(look)),
         (
@@ -107,10 +106,6 @@ def park(client: Any, task_id: str, epoch: int, queue_key: str, message: bytes, 
         ),
     )
     return answer.decode() if isinstance(answer, bytes) else str(answer)
-
-
-def _run(script: Script, client: Any, keys: Any, args: Any) -> Any:
-    return script.run(client, keys, args)
 
 
 def show(task: Any, state: str = "", progress: str = "") -> None:
