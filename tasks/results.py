@@ -120,7 +120,7 @@ class RecordedBackend(RedisBackend):
             end = _cancelled_unsure(task_id, found)
             found |= _of_outcome("failed", end)
             meta = {**meta, "result": end}
-        return store(
+        ended = store(
             self.client,
             task_id,
             result=self.encode(meta),
@@ -130,6 +130,7 @@ class RecordedBackend(RedisBackend):
             next_in_s=next_in_s,
             correct=correct,
         )
+        return bool(ended)
 
     def on_chord_part_return(
         self, request: Any, state: str, result: Any, propagate: Any = None, **kwargs: Any

@@ -238,6 +238,7 @@ end
 # pairs of fields. An end stands: whatever comes later (a copy of the message, a redelivery) only renews
 # a result that is gone. `correct` replaces an end that was OutcomeUnknown, and no other. The retry of an
 # older copy changes nothing. With the end goes all that is kept for a task that waits: see `waits`.
+# Returns 0 if it changed nothing, 1 for what goes on, and for an end the fields of `Ended`, NUL between them.
 STORE: Final = Script(
     PART_ENDED
     + """
@@ -300,9 +301,30 @@ else
   end
 end
 redis.call('PUBLISH', result, ARGV[1])
-return 1
+if ARGV[3] == 'waiting' then return 1 end
+local told = redis.call('HMGET', record, 'task', 'dag_id', 'dag_run_id', 'connection', 'key', 'service',
+  'job_id', 'attempts', 'accepted_at')
+for i = 1, 8 do told[i] = told[i] and string.gsub(told[i], '%z', ' ') or '' end
+told[9] = told[9] and string.format('%.3f', now - told[9]) or ''
+return table.concat(told, '\\0')
 """
 )
+
+
+class Ended(NamedTuple):
+    """One request that has just ended, as its record has it; what is not known is ""."""
+
+    task: str
+    dag_id: str
+    dag_run_id: str
+    connection: str
+    key: str
+    service: str
+    job_id: str
+    attempts: str
+    """How many there were, the last one included."""
+    age_s: str
+    """Seconds since it was accepted, by Redis' clock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -491,19 +513,21 @@ def store(
     found: dict[str, str],
     next_in_s: float = 0.0,
     correct: bool = False,
-) -> bool:
-    """Write a Celery result and the record that explains it, in one step; tell whether it was new.
+) -> Ended | bool:
+    """Write a Celery result and the record that explains it, in one step; return False if nothing was new.
 
-    `found` holds the record's fields to set; `correct` replaces an end that was OutcomeUnknown.
+    With an end, what the record says of the request. `found` holds the record's fields to set; `correct`
+    replaces an end that was OutcomeUnknown.
     """
     pairs = [text for pair in found.items() for text in pair]
-    return bool(
-        STORE.run(
-            client,
-            (RESULT_PREFIX + task_id, record_key(task_id)),
-            (result, result_ttl_s, state, next_in_s, KEEP_S, int(correct), "task_id", task_id, *pairs),
-        )
+    answer = STORE.run(
+        client,
+        (RESULT_PREFIX + task_id, record_key(task_id)),
+        (result, result_ttl_s, state, next_in_s, KEEP_S, int(correct), "task_id", task_id, *pairs),
     )
+    if isinstance(answer, bytes):
+        return Ended(*answer.decode(errors="replace").split("\0"))
+    return bool(answer)
 
 
 def _text(value: Any) -> str:

@@ -67,7 +67,8 @@ class Lotful:
         return answer
 
     def store(self, state: Any, **found: str) -> bool:
-        return store(self.redis, "t", result=b"{}", result_ttl_s=60, state=state, found=found, next_in_s=9.0)
+        end = store(self.redis, "t", result=b"{}", result_ttl_s=60, state=state, found=found, next_in_s=9.0)
+        return bool(end)
 
     def queued(self) -> list[int]:
         """The epochs of what lies in the queue."""

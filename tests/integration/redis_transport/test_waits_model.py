@@ -279,7 +279,7 @@ class Model:
     def store(self, message: Message, task: Task, state: Any) -> None:
         was_open = task.state == "open"
         more = {"retried": str(message.epoch + 1)} if state == "waiting" else {}
-        done = store(
+        answer = store(
             self.client,
             message.task_id,
             result=b"{}",
@@ -288,6 +288,7 @@ class Model:
             found=more,
             next_in_s=FAR_S,
         )
+        done = bool(answer)
         if state == "waiting":
             newer = task.retried is None or task.retried <= message.epoch
             assert done == (was_open and newer)
