@@ -23,6 +23,7 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
+from . import tracing
 from .contract import (
     MAX_RESULT_BYTES,
     Asked,
@@ -135,6 +136,8 @@ class RelayClient:
         link: Any = None,
         link_error: Any = None,
         ignore_result: bool = False,
+        traceparent: str | None = None,
+        tracestate: str | None = None,
     ) -> Accepted:
         """Return a request as it goes to Redis. Raises InvalidRequest when an option is wrong."""
         if not isinstance(request, TriggerRequest | PollRequest):
@@ -155,6 +158,7 @@ class RelayClient:
             callbacks=_signatures(link, "link"),
             errbacks=_signatures(link_error, "link_error"),
             ignore_result=ignore_result,
+            trace=tracing.of_call(traceparent, tracestate),
         )
 
 

@@ -79,6 +79,8 @@ class TaskStub(Generic[P, R, T]):
         link: Any = None,
         link_error: Any = None,
         ignore_result: bool = False,
+        traceparent: str | None = None,
+        tracestate: str | None = None,
     ) -> Handle[T]:
         """Do as `delay` does, with Celery's options.
 
@@ -93,6 +95,9 @@ class TaskStub(Generic[P, R, T]):
             0 to 9 as in Celery on Redis: 0 goes first.
         link, link_error
             Signatures to send on success and on failure; workers must be able to route them.
+        traceparent, tracestate
+            The W3C trace context to which this belongs. Left out, it is that of OpenTelemetry's current span,
+            where the caller has one. It goes to the worker, to Airflow and into the run's note.
 
         Raises as `delay` does.
         """
@@ -107,6 +112,8 @@ class TaskStub(Generic[P, R, T]):
             link=link,
             link_error=link_error,
             ignore_result=ignore_result,
+            traceparent=traceparent,
+            tracestate=tracestate,
         )
         return cast(Handle[T], handle)
 

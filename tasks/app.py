@@ -35,7 +35,7 @@ from producers.errors import ConfigurationError, DagrelayError
 from producers.stores.records import Records
 from producers.stores.waits import Waits
 
-from . import waiting
+from . import logs, tracing, waiting
 from .event_batches import EventBatches, tell
 from .redis_transport import Channel, Why
 from .redis_transport import worker as redis_transport_worker
@@ -109,6 +109,7 @@ class RelayTask(Task[Any, Any]):
     Request = "tasks.app:RelayRequest"
     acks_late = True
     max_retries = None  # a deadline ends a request, never a count
+    throws = (DagrelayError,)  # told by the line of the outcome, and no traceback makes it clearer
     shared = False
     recorded = True
     """Whether its messages are requests, each with a record of its own, or a worker's own affair."""
@@ -144,6 +145,14 @@ class RelayTask(Task[Any, Any]):
         except Reject as exc:
             raise NotHandedOver(f"the retry of {self.request.id} could not be published: {exc}") from exc
 
+    def signature_from_request(
+        self, request: Any = None, args: Any = None, kwargs: Any = None, queue: Any = None, **options: Any
+    ) -> Any:
+        """Return the running message as it goes on; its trace stays with it, whatever headers are given."""
+        if "headers" in options:
+            options["headers"] = {**tracing.headers_of(request or self.request), **options["headers"]}
+        return super().signature_from_request(request, args, kwargs, queue, **options)
+
     # Celery's worker sets this on every task; what it sets is wrapped.
     @property
     def __trace__(self) -> Callable[..., Any] | None:
@@ -151,7 +160,7 @@ class RelayTask(Task[Any, Any]):
 
     @__trace__.setter
     def __trace__(self, tracer: Callable[..., Any] | None) -> None:
-        self.__dict__["_trace"] = _keep_unfinished(tracer) if tracer else None
+        self.__dict__["_trace"] = tracing.traced(self, _keep_unfinished(tracer)) if tracer else None
 
 
 def _keep_unfinished(tracer: Callable[..., Any]) -> Callable[..., Any]:
@@ -170,7 +179,11 @@ def _keep_unfinished(tracer: Callable[..., Any]) -> Callable[..., Any]:
             if not isinstance(exc, Exception) and threading.current_thread() is threading.main_thread():
                 raise  # the end of this process, or child of the pool; in a thread it would end nothing
             of_redis = isinstance(exc, RedisError | OperationalError | OSError)
-            kept = exc if isinstance(exc, NotHandedOver) else NotHandedOver(repr(exc), by_itself=not of_redis)
+            kept = (
+                exc
+                if isinstance(exc, NotHandedOver)
+                else NotHandedOver(logs.words_of(exc), by_itself=not of_redis)
+            )
             log.warning("not written task_id=%s: %s", uuid, kept.reason)
             try:
                 raise kept
@@ -227,22 +240,19 @@ def waits() -> Waits:
 
 @signals.setup_logging.connect
 def _set_up_logging(loglevel: Any = None, **_: Any) -> None:
-    """Log to stderr, one line per outcome, key=value.
-
-    Celery's pool logs whole messages, conf and all, at DEBUG: that one stays at INFO whatever is asked.
-    """
+    """Log to stderr, one line per outcome, as `tasks.logs` has it."""
     level = logging.getLevelNamesMapping()[settings().log_level]
     if isinstance(loglevel, int):  # Celery's option says WARNING when it is not given: what tells more counts
         level = min(level, loglevel)
-    logging.basicConfig(
-        level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
-    )
-    # That a task was received, has succeeded or is tried again is a line of our own, or Flower's; and a line
-    # costs about as much as a write to Redis.
-    for double in ("celery.worker.strategy", "celery.app.trace"):
-        logging.getLogger(double).setLevel(max(level, logging.WARNING) if level > logging.DEBUG else level)
-    for chatty in ("celery.pool", "celery.concurrency", "kombu", "amqp", "urllib3"):
-        logging.getLogger(chatty).setLevel(max(logging.INFO, logging.getLogger().level))
+    logs.set_up(level, settings().log_format)
+
+
+@signals.celeryd_init.connect
+def _log_from_the_start(instance: Any, **_: Any) -> None:
+    """Log what Celery warns of before it has logging set up; print no banner where all is to be JSON."""
+    _set_up_logging()
+    if settings().log_format == "json":
+        instance.quiet = True
 
 
 @signals.celeryd_after_setup.connect

@@ -19,7 +19,9 @@ from celery.utils.log import get_logger
 
 from producers.contract import POLL_EXTERNAL_JOB, TRIGGER_DAG, TriggerRequest, reference_for
 from producers.errors import DagrelayError, OutcomeUnknown, SubmitUnknown, error_from
-from producers.stores.records import State, store
+from producers.stores.records import Ended, State, store
+
+from . import logs, metrics
 
 log = get_logger("dagrelay.results")
 
@@ -130,6 +132,13 @@ class RecordedBackend(RedisBackend):
             next_in_s=next_in_s,
             correct=correct,
         )
+        if isinstance(ended, Ended):
+            logs.outcome(task_id, state, ended, meta["result"], correct=correct)
+            message = getattr(request, "kwargs", None)
+            metrics.count_end(state, meta["result"], ended, message, corrected=correct)
+        elif ended and state == "waiting":
+            why = meta["result"] if isinstance(meta["result"], dict) else {}
+            metrics.count_retry(found.get("task", ""), str(why.get("exc_type", "")))
         return bool(ended)
 
     def on_chord_part_return(

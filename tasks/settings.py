@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from producers.errors import ConfigurationError
 
@@ -27,6 +28,7 @@ class WorkerSettings:
     """How messages are fetched from Redis: "moved", our transport's way, or "stock", kombu's."""
     result_ttl_s: int = 86_400
     log_level: str = "INFO"
+    log_format: Literal["logfmt", "json"] = "logfmt"
     missing_grace_s: float = 60.0
     """How long a DAG may be missing or broken: while its file is redeployed, Airflow's processor drops it
     1–5 s after the change and has it back after its next parse (30 s by default)."""
@@ -99,6 +101,9 @@ def read_settings(environ: Mapping[str, str]) -> WorkerSettings:
     level = environ.get("DAGRELAY_LOG_LEVEL", "INFO").upper()
     if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         mistakes.append(f"DAGRELAY_LOG_LEVEL is {level[:20]!r}: give DEBUG, INFO, WARNING or ERROR")
+    log_format = environ.get("DAGRELAY_LOG_FORMAT") or "logfmt"
+    if log_format not in ("logfmt", "json"):
+        mistakes.append(f"DAGRELAY_LOG_FORMAT is {log_format[:20]!r}: give logfmt or json")
     fetch = environ.get("DAGRELAY_FETCH", "moved")
     if fetch not in ("moved", "stock"):
         mistakes.append(f"DAGRELAY_FETCH is {fetch[:20]!r}: give moved or stock")
@@ -111,6 +116,7 @@ def read_settings(environ: Mapping[str, str]) -> WorkerSettings:
         visibility_timeout_s=_number(environ, "DAGRELAY_VISIBILITY_TIMEOUT_S", 30, 3, 3600, mistakes),
         result_ttl_s=int(_number(environ, "DAGRELAY_RESULT_TTL_S", 86_400, 60, 30 * 86_400, mistakes)),
         log_level=level,
+        log_format="json" if log_format == "json" else "logfmt",
         missing_grace_s=_number(environ, "DAGRELAY_MISSING_GRACE_S", 60, 0, 86_400, mistakes),
         look_up_for_s=_number(environ, "DAGRELAY_LOOK_UP_FOR_S", 900, 0, 86_400, mistakes),
         look_up_every_s=_number(environ, "DAGRELAY_LOOK_UP_EVERY_S", 30, 1, 3600, mistakes),

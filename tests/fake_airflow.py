@@ -38,7 +38,8 @@ class FakeAirflow:
     `fault(number, dag_id, run_id)` is asked for each POST of a run, numbered from 1. `runs` maps
     (dag id, run id) to the run; `posts` counts the POSTs for each. `missing` and `broken` hold DAG ids.
     `returned` maps (dag id, run id, task id) to what a task returned, or to "mapped". `lists` counts list
-    calls, `gets` the GETs of each run; while `silent`, questions about runs are answered with 503.
+    calls, `gets` the GETs of each run; while `silent`, questions about runs are answered with 503. `traces`
+    maps (dag id, run id) to the `traceparent` with which it was last asked for.
     """
 
     username, password, token = "admin", "adminpw", "a-token"
@@ -66,6 +67,7 @@ class FakeAirflow:
         self.returned: dict[tuple[str, str, str], Any] = {}
         self.lists = 0
         self.gets: Counter[tuple[str, str]] = Counter()
+        self.traces: dict[tuple[str, str], str | None] = {}
         self.silent = False
         self.cleared: Counter[tuple[str, str]] = Counter()
         self.in_flight = self.most_in_flight = 0
@@ -274,6 +276,7 @@ class _Handler(BaseHTTPRequestHandler):
         return 201, {"access_token": airflow.token}
 
     def _create(self, dag_id: str, body: dict[str, Any]) -> None:
+        self.airflow.traces[dag_id, body["dag_run_id"]] = self.headers.get("traceparent")
         fault, status, answer = self.airflow.create(dag_id, body)
         if fault == "late":
             time.sleep(self.airflow.late_s)

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ..contract import (
     POLL_EXTERNAL_JOB,
@@ -33,6 +33,42 @@ PRIORITY_SEPARATOR = "\x06\x16"
 PRIORITY_STEPS = (0, 3, 6, 9)
 
 
+class Trace(NamedTuple):
+    """A caller's W3C trace context. It travels in the message's headers, where Celery's own instrumentation
+    for OpenTelemetry has it, and is no part of what is asked for.
+    """
+
+    traceparent: str
+    tracestate: str = ""
+
+    @property
+    def trace_id(self) -> str:
+        """32 hex digits."""
+        return self.traceparent[3:35]
+
+    def headers(self) -> dict[str, str]:
+        """Return it as headers, of a message or of an HTTP request."""
+        if not self.tracestate:
+            return {"traceparent": self.traceparent}
+        return {"traceparent": self.traceparent, "tracestate": self.tracestate}
+
+
+# Version ff and ids of zeros alone are invalid: W3C Trace Context, section 3.2.
+_TRACEPARENT: Final = re.compile(
+    r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII
+)
+_TRACESTATE: Final = re.compile(r"[!-~][ -~]{0,511}")
+
+
+def trace_of(headers: Mapping[str, Any]) -> Trace | None:
+    """Return the trace context in the headers of a message; None where there is none, or it is invalid."""
+    parent = headers.get("traceparent")
+    if not isinstance(parent, str) or not _TRACEPARENT.fullmatch(parent):
+        return None
+    state = headers.get("tracestate")
+    return Trace(parent, state if isinstance(state, str) and _TRACESTATE.fullmatch(state) else "")
+
+
 def item_of(
     request: TriggerRequest | PollRequest,
     *,
@@ -44,6 +80,7 @@ def item_of(
     callbacks: list[Signature[Any]] | None = None,
     errbacks: list[Signature[Any]] | None = None,
     ignore_result: bool = False,
+    trace: Trace | None = None,
 ) -> Accepted:
     """Return a request as it goes to Redis, for `Records.accept`. Raises InvalidRequest for the priority.
 
@@ -79,6 +116,7 @@ def item_of(
             priority=priority,
             origin=asked.by,
             ignore_result=ignore_result,
+            trace=trace,
         ),
         delay_s,
         *about,
@@ -100,6 +138,7 @@ def _envelope(
     priority: int,
     origin: str,
     ignore_result: bool,
+    trace: Trace | None = None,
 ) -> bytes:
     """Return a Celery protocol 2 message as kombu's Redis transport keeps it.
 
@@ -120,6 +159,7 @@ def _envelope(
             "kwargsrepr": _quoted(kwargsrepr),
             "origin": _quoted(origin),
             "ignore_result": "true" if ignore_result else "false",
+            "trace": f", {_as_json(trace.headers())[1:-1]}" if trace is not None else "",
             "queue": _quoted(queue),
             "priority": repr(priority),
         }
@@ -167,7 +207,7 @@ _ENVELOPE: Final = re.sub(
             },
         }
     ),
-)
+).replace("%(ignore_result)s", "%(ignore_result)s%(trace)s")
 
 
 def _queue_key(queue: str, priority: int) -> str:
