@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import http.client
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -22,11 +23,20 @@ Fault = Literal[
     "pass",  # asked, and the answer given
     "drop",  # asked, answered, and the connection closed instead of the answer
     "502 after",  # asked, answered, and a proxy's page instead of the answer
+    "late",  # asked, answered, and the answer given after `late_s`
     "502",  # not asked, and a proxy's page
+    "503",  # not asked, and a proxy's page that asks to come back after a second
+    "504",  # not asked, and a proxy's page
+    "429",  # not asked, and a proxy's page that asks to come back after a second
     "close",  # not asked, and the connection closed
+    "reset",  # not asked, and the connection reset
+    "held back",  # asked after `late_s`
 ]
 
-PAGE = b"<html><head><title>502 Bad Gateway</title></head><body>nginx</body></html>"
+ASKS: tuple[Fault, ...] = ("pass", "drop", "502 after", "late", "held back")
+PAGES: dict[Fault, int] = {"502": 502, "502 after": 502, "503": 503, "504": 504, "429": 429}
+COME_BACK: dict[int, dict[str, str]] = {503: {"Retry-After": "1"}, 429: {"Retry-After": "1"}}
+PAGE = b"<html><head><title>%d</title></head><body>nginx</body></html>"
 
 
 @dataclass
@@ -62,6 +72,8 @@ class Proxy:
         self.target = urlsplit(target)
         self.rule: Callable[[Call], Fault] = lambda call: "pass"
         self.calls: list[Call] = []
+        self.late_s = 30.0
+        self.over = threading.Event()
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"proxy": self})
         self._server = type("Server", (ThreadingHTTPServer,), {"request_queue_size": 128})(
@@ -88,6 +100,7 @@ class Proxy:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.over.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -112,19 +125,29 @@ class _Handler(BaseHTTPRequestHandler):
             self.command, self.path.partition("?")[0], self.headers.get("Authorization"), body
         )
         answer = None
-        if call.fault in ("pass", "drop", "502 after"):
+        if call.fault == "held back":
+            self.proxy.over.wait(self.proxy.late_s)
+        if call.fault in ASKS:
             try:
                 answer = self._ask(body)
             except (OSError, http.client.HTTPException):
                 call.fault = "close"  # Airflow is away: so is its proxy
             else:
                 call.status = answer[0]
-        if (answer is None and call.fault != "502") or call.fault == "drop":
+        if call.fault == "late":
+            self.proxy.over.wait(self.proxy.late_s)
+        if call.fault in PAGES:
+            status = PAGES[call.fault]
+            headers = {"Content-Type": "text/html"} | COME_BACK.get(status, {})
+            self._reply(status, headers, PAGE % status)
+        elif answer is None or call.fault == "drop":
             self.close_connection = True
-            self.connection.shutdown(socket.SHUT_RDWR)
-        elif call.fault in ("502", "502 after"):
-            self._reply(502, {"Content-Type": "text/html"}, PAGE)
-        elif answer is not None:
+            if call.fault == "reset":  # with SO_LINGER 0, close() sends RST instead of FIN
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
+            else:
+                self.connection.shutdown(socket.SHUT_RDWR)
+        else:
             self._reply(*answer)
 
     do_GET = do_POST = do_PATCH = do_DELETE = _do
