@@ -46,7 +46,7 @@ from producers.errors import (
 from producers.stores.envelope import item_of
 from producers.stores.records import Record, record_key
 
-from . import job_answers
+from . import job_answers, tracing
 from .again import backoff_s, leave_newer, on_record, redis_now, retry
 from .app import RelayRequest, RelayTask, app, backend, records, store_client, waits
 from .http import HttpRequest, HttpResponse, NoAnswer
@@ -469,7 +469,8 @@ def trigger_then(job: Job, outcome: JobOutcome) -> str:
     then_id = str(uuid.uuid5(_THEN_NAMESPACE, job.task_id))
     asked = Asked.from_message(job.message.get("asked"), otherwise_at=0.0)
     by = job_answers.one_line(asked.by)
-    records().accept(item_of(request, task_id=then_id, asked=Asked(at=redis_now(), by=by)))
+    asked = Asked(at=redis_now(), by=by)
+    records().accept(item_of(request, task_id=then_id, asked=asked, trace=tracing.current()))
     return then_id
 
 
