@@ -92,7 +92,7 @@ def told(words: str, /, level: int = logging.INFO, *, logger: logging.Logger = l
 
 
 def outcome(task_id: str, state: State, ended: Ended, result: Any, *, correct: bool = False) -> None:
-    """Log how a request ended: the one line that there is for each.
+    """Log how a request ended: the one line that there is for each. The outcome is the one that metrics count.
 
     `result` is that of Celery's result. A worker's own tasks, and the chunks of a fan-out, are no requests.
     """
@@ -101,11 +101,16 @@ def outcome(task_id: str, state: State, ended: Ended, result: Any, *, correct: b
     known = result if isinstance(result, dict) else {}
     ours = known.get("exc_module") == DagrelayError.__module__
     error = known.get("exc_type") if state != "done" else None
+    how: str = state
+    if correct:
+        how = "corrected"
+    elif state == "done" and ended.task == TRIGGER_DAG:
+        how = "started" if known.get("created") else "cleared" if known.get("cleared") else "exists"
     level = logging.INFO
     if state == "failed":
         level = logging.WARNING if ours else logging.ERROR
     told(
-        f"request {'corrected' if correct else state}",
+        f"request {state}",
         level,
         task_id=task_id,
         dag_id=ended.dag_id or None,
@@ -114,8 +119,7 @@ def outcome(task_id: str, state: State, ended: Ended, result: Any, *, correct: b
         key=ended.key or None,
         service=ended.service or None,
         job_id=ended.job_id or None,
-        outcome=state,
-        created=known.get("created"),
+        outcome=how,
         error=error,
         attempts=int(ended.attempts) if ended.attempts.isdecimal() else None,
         age_s=float(ended.age_s) if ended.age_s else None,

@@ -101,7 +101,7 @@ def test_in_json_every_line_is_a_record_and_every_outcome_one(pool, relay, airfl
         "misspelt": 0,
     }
     told = {name: found[0] for name, found in outcomes.items() if found}
-    run = {"dag_id": "daily_sales", "connection": "default", "outcome": "done", "created": True}
+    run = {"dag_id": "daily_sales", "connection": "default", "outcome": "started"}
     assert (run | {"key": ODD_KEY, "attempts": 1}).items() <= told["done"].items()
     assert told["done"]["run_id"] in {run_id for _, run_id in airflow.runs}
     assert 0 <= told["done"]["age_s"] < 60
@@ -140,7 +140,7 @@ def test_by_default_it_is_key_value_and_says_the_same(relay, airflow, start_work
 
     (done,) = lines_of(worker, ids["done"])
     assert " INFO dagrelay.outcome request done " in done
-    assert r' connection=default key="a key=\"quoted\" größe" outcome=done created=true attempts=1 ' in done
+    assert r' connection=default key="a key=\"quoted\" größe" outcome=started attempts=1 ' in done
     (rejected,) = lines_of(worker, ids["rejected"])
     assert " WARNING dagrelay.outcome request failed " in rejected
     assert " outcome=failed error=RequestRejected attempts=1 " in rejected

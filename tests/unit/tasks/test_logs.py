@@ -374,11 +374,23 @@ def test_an_outcome_has_its_request_and_how_it_ended(outcomes):
         "run_id": "relay__k",
         "connection": "eu",
         "key": "k",
-        "outcome": "done",
-        "created": True,
+        "outcome": "started",
         "attempts": 2,
         "age_s": 1.25,
     }
+
+
+@pytest.mark.parametrize(
+    ("result", "options", "outcome"),
+    [
+        ({"created": False, "cleared": False}, {}, "exists"),
+        ({"created": False, "cleared": True}, {}, "cleared"),
+        ({"created": True}, {"correct": True}, "corrected"),
+        (None, {}, "exists"),
+    ],
+)
+def test_the_outcome_of_a_trigger_is_what_metrics_count(outcomes, result, options, outcome):
+    assert outcomes("t-1", "done", ENDED, result, **options)["outcome"] == outcome
 
 
 def test_a_failure_has_its_class_and_its_words(outcomes):
