@@ -92,7 +92,7 @@ def told(words: str, /, level: int = logging.INFO, *, logger: logging.Logger = l
 
 
 def outcome(task_id: str, state: State, ended: Ended, result: Any, *, correct: bool = False) -> None:
-    """Log how a request ended: the one line that there is for each. The outcome is the one that metrics count.
+    """Log how a request ended: one line for each. The outcome is the word that metrics count it by.
 
     `result` is that of Celery's result. A worker's own tasks, and the chunks of a fan-out, are no requests.
     """
