@@ -332,6 +332,9 @@ class TriggerRequest(_Request):
     give_up_after_s
         How long to go on trying, in seconds from the time it is due; time during which the connection
         is held does not count. Default 24 h.
+    priority
+        From 0 to 9, higher first, among the requests that wait for their turn at the same Airflow. Each step
+        is worth a minute of waiting, so that none waits for ever. Default 5.
     wait
         End only when the run does: the outcome is then the run's final state, and a failed run raises
         `DagRunFailed`. Waiting costs no worker.
@@ -363,6 +366,7 @@ class TriggerRequest(_Request):
     give_up_after_s: Annotated[float, BeforeValidator(_from_number), Field(gt=0, allow_inf_nan=False)] = (
         GIVE_UP_AFTER_S
     )
+    priority: Annotated[int, Field(ge=0, le=9, strict=True)] = 5
     wait: bool = False
     wait_timeout_s: Annotated[
         float, BeforeValidator(_from_number), Field(gt=0, le=MAX_WAIT_S, allow_inf_nan=False)
@@ -415,7 +419,16 @@ class TriggerRequest(_Request):
         parts = [f"dag_id={self.dag_id!r}", f"run_id={run_id!r}"]
         if self.conf is not None:
             parts.append(f"conf=<{conf_summary(self.conf)}>")
-        for name in ("key", "logical_date", "run_after", "connection", "if_exists", "wait", "result_from"):
+        for name in (
+            "key",
+            "logical_date",
+            "run_after",
+            "connection",
+            "if_exists",
+            "priority",
+            "wait",
+            "result_from",
+        ):
             value = getattr(self, name)
             if value != self.defaults[name]:
                 parts.append(f"{name}={str(value)!r}")

@@ -161,6 +161,7 @@ def _trigger_dag(
     connection: str = "default",
     if_exists: IfExists = "reuse",
     give_up_after_s: float | None = None,
+    priority: int | None = None,
     wait: bool = False,
     wait_timeout_s: float | None = None,
     result_from: str | None = None,
@@ -189,6 +190,8 @@ def _trigger_dag(
         given["if_exists"] = if_exists
     if give_up_after_s is not None:
         given["give_up_after_s"] = give_up_after_s
+    if priority is not None:
+        given["priority"] = priority
     if wait:
         given["wait"] = wait
     if wait_timeout_s is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 from producers.errors import AirflowError
-from producers.stores.holds import Holds
+from producers.stores.lines import Lines, LineState
 
 from .airflow.clients import airflow_client
 from .airflow.connections import AirflowConnection
@@ -30,12 +30,12 @@ def main() -> int:
     if not ours.connections:
         _say("airflow", False, "no connection to any Airflow: set AIRFLOW_CONN_DEFAULT")
         return 1
-    held = _held(ours.redis_url)
-    checks = [_check(connection, held) for connection in ours.connections.values()]
+    known = _lines(ours.redis_url)
+    checks = [_check(connection, known) for connection in ours.connections.values()]
     return 0 if all(checks) else 1
 
 
-def _check(connection: AirflowConnection, held: dict[str, str]) -> bool:
+def _check(connection: AirflowConnection, known: dict[str, LineState]) -> bool:
     """Ask one Airflow for its version, its scheduler, and whether it takes our credentials."""
     what = f"airflow {connection.id}"
     try:
@@ -50,21 +50,25 @@ def _check(connection: AirflowConnection, held: dict[str, str]) -> bool:
         what,
         ok,
         f"{connection.base_url} {found.version} (API {found.api}) as {who}, "
-        f"scheduler {found.scheduler}, at most {connection.max_in_flight} requests in flight{words}",
+        f"scheduler {found.scheduler}, at most {connection.ceiling} requests in flight{words}",
     )
-    if connection.id in held:
-        _say(what, False, f"held: {held[connection.id]}")
-    return ok and connection.id not in held
+    line = known.get(connection.id)
+    if line is not None and line.held:
+        _say(what, False, f"held ({line.held}): {line.held_reason}; {line.waiting} wait")
+    elif line is not None and line.breaker == "open":
+        _say(what, False, f"did not answer, and is probed before anything else is sent; {line.waiting} wait")
+    return ok and (line is None or line.answers)
 
 
-def _held(redis_url: str) -> dict[str, str]:
-    """Return why connections are held; nothing where Redis does not answer, which the other half says."""
+def _lines(redis_url: str) -> dict[str, LineState]:
+    """Return how things stand with the connections; nothing where Redis does not answer."""
     from redis import Redis
     from redis.exceptions import RedisError
 
     try:
         with Redis.from_url(redis_url, socket_timeout=2, socket_connect_timeout=2) as client:
-            return Holds(client).reasons()
+            lines = Lines(client)
+            return {name: lines.state(name) for name in lines.names()}
     except RedisError:
         return {}
 

@@ -14,13 +14,13 @@ What is kept in Redis, and which script does what: `producers/stores/fan_outs.py
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from celery import chord, states
@@ -62,20 +62,22 @@ from producers.stores.fan_outs import (
     launcher_id,
     then_id,
 )
-from producers.stores.holds import Holds
+from producers.stores.lines import PRIORITY_S, ahead_s
 from producers.stores.waits import CANCELLED, PARKED
 
+from .again import redelivered
 from .airflow.answers import TokenRefused, as_dag_run
 from .airflow.client import ApiModule
 from .airflow.clients import airflow_client
 from .airflow.connections import AirflowConnection
 from .app import RelayRequest, RelayTask, app, backend, records, said, store_client, waits
-from .http import HttpRequest, HttpResponse, NoAnswer, reset_after_fork
+from .http import HttpRequest, HttpResponse, NoAnswer
 from .http_many import ManySender, in_loop
 from .redis_transport.channel import gathered
 from .redis_transport.keys import Keys
 from .results import NotHandedOver
 from .settings import settings
+from .slots import ManyTurns
 from .trigger import NEWER_RETRY_S, note_for
 from .waiting import wait
 
@@ -187,7 +189,7 @@ def trigger_chunk(self: Any, /, *, fan_out_id: str, index: int, **message: Any) 
     until = time.monotonic() + CHUNK_BUDGET_S
     if getattr(self.request, "chunk_revoked", False):
         cancel_by_chunk(store, fan_out_id, self.request.id)
-    again = bool((self.request.delivery_info or {}).get("redelivered"))
+    again = redelivered(self) or _was_unsure(self)
     while True:
         begun = store.begin(fan_out_id, index)
         if begun is None:  # it has ended; or what was lost with its requests is found by the watch
@@ -195,16 +197,20 @@ def trigger_chunk(self: Any, /, *, fan_out_id: str, index: int, **message: Any) 
         fresh = to_begin(begun)
         # With on_error="stop" only as many are begun as can be in flight, and their ends are waited for.
         some = fresh[: _side_by_side(fresh)] if begun.on_error == "stop" else fresh
+        left_over, turns = len(fresh), None
         if some:
-            start_some(store, fan_out_id, index, some, again=again, until=until)
-        outside = store.close(fan_out_id, index, all_begun=len(some) == len(fresh))
-        if outside:
+            begun_now, turns = start_some(self, store, fan_out_id, index, some, again=again, until=until)
+            left_over -= begun_now
+        outside = store.close(fan_out_id, index, all_begun=not left_over)
+        if left_over and turns is not None:
+            raise turns.parked()
+        if outside and (not left_over or begun.on_error == "stop"):
             raise wait(
                 self,
                 until=time.time() + LOOK_AGAIN_S,
                 what=f"{outside} requests of fan-out {fan_out_id}",
             )
-        if len(some) == len(fresh):
+        if not left_over:
             return
         if time.monotonic() > until:
             raise wait(self, until=0.0, what=f"its next turn in fan-out {fan_out_id}")
@@ -259,6 +265,12 @@ def _raise_if_newer(task: Any, message: Mapping[str, Any]) -> None:
         raise task.retry(countdown=NEWER_RETRY_S)
 
 
+def _was_unsure(task: Any) -> bool:
+    """Tell whether an earlier delivery of a chunk was one whose worker had died, before it came to wait."""
+    known = records().get(task.request.id) if task.request.retries else None
+    return known is not None and known.unsure
+
+
 def to_begin(begun: Begun) -> list[tuple[str, dict[str, Any]]]:
     """Return the requests of a chunk that are to be begun; end, or have cancelled, what is not."""
     fresh = [(task_id, envelope) for task_id, envelope, letter in begun.items if letter == "f"]
@@ -291,6 +303,16 @@ def cancel_by_chunk(store: FanOuts, fan_out_id: str, task_id: str) -> None:
 
 
 @dataclass(slots=True)
+class _Wanted:
+    """One request as it lies in its chunk."""
+
+    task_id: str
+    envelope: dict[str, Any]
+    request: TriggerRequest
+    asked: Any
+
+
+@dataclass(slots=True)
 class _Job:
     """One request on its way: what is posted, and what came of it."""
 
@@ -299,8 +321,8 @@ class _Job:
     request: TriggerRequest
     run_id: str
     post: HttpRequest
+    begun: bool = False
     answer: HttpResponse | NoAnswer | None = None
-    """None: it was not sent."""
 
 
 @dataclass(slots=True)
@@ -314,62 +336,45 @@ class _Left:
     run: dict[str, Any] | None = None
 
 
-class _Line:
-    """The way to one Airflow for all chunks of this process: so many requests in flight, in their order."""
+_senders: dict[str, ManySender] = {}
+_lock = threading.Lock()
 
-    def __init__(self, connection: AirflowConnection) -> None:
+
+def _sender(connection: AirflowConnection) -> ManySender:
+    found = _senders.get(connection.id)
+    if found is None:
         verify = connection.ca_file if connection.verify and connection.ca_file else connection.verify
-        self._in_flight = connection.max_in_flight
-        self._sender = ManySender(
+        made = ManySender(
             connection.base_url,
             connect_timeout_s=connection.connect_timeout_s,
             read_timeout_s=connection.read_timeout_s,
             verify=verify,
-            in_flight=connection.max_in_flight,
+            in_flight=connection.ceiling,
         )
-        self.after_fork()
-        reset_after_fork(self)
-
-    def after_fork(self) -> None:
-        self._turns: asyncio.Semaphore | None = None
-
-    async def send_all(self, jobs: Sequence[_Job], until: float) -> None:
-        """Send all of them, and note the answers. What has not had its turn until then is not sent."""
-        if self._turns is None:
-            self._turns = asyncio.Semaphore(self._in_flight)
-        await asyncio.gather(*(self._send(job, self._turns, until) for job in jobs))
-
-    async def _send(self, job: _Job, turns: asyncio.Semaphore, until: float) -> None:
-        async with turns:
-            if time.monotonic() > until:
-                return
-            try:
-                job.answer = await self._sender.send(job.post)
-            except NoAnswer as exc:
-                job.answer = exc
-            except Exception as exc:  # noqa: BLE001 - the others' answers count all the same
-                job.answer = NoAnswer(said(exc), True)
-
-
-_lines: dict[str, _Line] = {}
-_lock = threading.Lock()
-
-
-def _line(connection: AirflowConnection) -> _Line:
-    found = _lines.get(connection.id)
-    if found is None:
         with _lock:
-            found = _lines.setdefault(connection.id, _Line(connection))
+            found = _senders.setdefault(connection.id, made)
     return found
+
+
+async def _post(sender: ManySender, job: _Job) -> HttpResponse | NoAnswer:
+    job.begun = True
+    try:
+        job.answer = await sender.send(job.post)
+    except NoAnswer as exc:
+        job.answer = exc
+    except Exception as exc:  # noqa: BLE001 - the others' answers count all the same
+        job.answer = NoAnswer(said(exc), True)
+    return job.answer
 
 
 def _side_by_side(items: Sequence[tuple[str, dict[str, Any]]]) -> int:
     """Return how many requests to begin at once where each failure counts before the next."""
-    limits = [connection.max_in_flight for connection in settings().connections.values()]
+    limits = [connection.ceiling for connection in settings().connections.values()]
     return min([len(items), *limits])
 
 
 def start_some(
+    task: Any,
     store: FanOuts,
     fan_out_id: str,
     index: int,
@@ -377,15 +382,17 @@ def start_some(
     *,
     again: bool,
     until: float,
-) -> None:
+) -> tuple[int, ManyTurns | None]:
     """Post these requests side by side; end those that were made, and have the others leave the chunk.
 
     `again`: an earlier worker may have posted them. `until`, by the monotonic clock, is when no more are.
+    Returns how many were begun, and for what the chunk is to wait, if any of them has to wait for its turn.
     """
     made: list[tuple[str, str]] = []
     left: list[_Left] = []
     known: set[str] = set()
     posted: set[str] = set()
+    waiting: ManyTurns | None = None
 
     def hand_on() -> None:
         known.update(task_id for task_id, _ in made)
@@ -398,12 +405,38 @@ def start_some(
         left.clear()
 
     try:
-        for api, connection, jobs in _prepared(items, left, until):
-            line = _line(connection)
-            posted |= {job.task_id for job in jobs}
-            in_loop(line.send_all(jobs, until)).result()
+        for name, wanted in _grouped(items, left).items():
+            connection = settings().connections.get(name)
+            if connection is None:
+                left += [_Left(one.task_id, one.envelope) for one in wanted]
+                continue
+            turns = ManyTurns(task, connection, _ahead_s(wanted))
+            taken = turns.take(len(wanted))
+            if not taken.slots:
+                # What is over its time ends for that reason, as trigger_dag knows to do.
+                left += [
+                    _Left(one.task_id, one.envelope)
+                    for one in wanted
+                    if one.request.give_up_after_s <= taken.age_s
+                ]
+                waiting = turns
+                turns.wait_at_most(min(one.request.give_up_after_s for one in wanted))
+                continue
+            with turns:
+                authorised = _authorised(connection)
+                if authorised is None:
+                    left += [_Left(one.task_id, one.envelope) for one in wanted]
+                    continue
+                api, headers = authorised
+                jobs = _jobs(api, headers, wanted, left)
+                sender = _sender(connection)
+                try:
+                    in_loop(turns.each(jobs, partial(_post, sender), until)).result()
+                finally:
+                    posted |= {job.task_id for job in jobs if job.begun}
             for job in jobs:
-                _read(api, connection, job, made, left)
+                if job.answer is not None:
+                    _read(api, connection, job, job.answer, made, left)
             hand_on()  # before the next Airflow is asked: it may take long
     except (NotHandedOver, RedisError):
         raise
@@ -417,6 +450,12 @@ def start_some(
         ]
     if made or left:
         hand_on()
+    return len(known), waiting
+
+
+def _ahead_s(wanted: Sequence[_Wanted]) -> float:
+    """Return by how much a chunk is moved forward in its line: what is asked for by itself overtakes it."""
+    return ahead_s(max(one.request.priority for one in wanted)) - PRIORITY_S
 
 
 def _hand_on(
@@ -439,11 +478,9 @@ def _hand_on(
         store.end_items(made, result_ttl_s=settings().result_ttl_s, date_done=app.now().isoformat())
 
 
-def _prepared(
-    items: Sequence[tuple[str, dict[str, Any]]], left: list[_Left], until: float
-) -> Iterator[tuple[ApiModule, AirflowConnection, list[_Job]]]:
-    """Yield what can be posted, by connection; what cannot leaves."""
-    by_connection: dict[str, list[tuple[str, dict[str, Any], TriggerRequest, Any]]] = {}
+def _grouped(items: Sequence[tuple[str, dict[str, Any]]], left: list[_Left]) -> dict[str, list[_Wanted]]:
+    """Return what can be posted, by connection; what cannot leaves."""
+    found: dict[str, list[_Wanted]] = {}
     for task_id, envelope in items:
         fields = json.loads(envelope["body"])[1]
         try:
@@ -453,34 +490,31 @@ def _prepared(
         if request is None or fields.get("v", VERSION) > VERSION:
             left.append(_Left(task_id, envelope))  # trigger_dag says what is wrong
             continue
-        by_connection.setdefault(request.connection, []).append(
-            (task_id, envelope, request, fields.get("asked"))
-        )
-    for name, wanted in by_connection.items():
-        connection = settings().connections.get(name)
-        known = None if connection is None or time.monotonic() > until else _authorised(connection)
-        if connection is None or known is None:
-            left += [_Left(task_id, envelope) for task_id, envelope, *_ in wanted]
+        one = _Wanted(task_id, envelope, request, fields.get("asked"))
+        found.setdefault(request.connection, []).append(one)
+    return found
+
+
+def _jobs(
+    api: ApiModule, headers: Mapping[str, str], wanted: Sequence[_Wanted], left: list[_Left]
+) -> list[_Job]:
+    """Return these requests, ready to be posted."""
+    now, jobs = time.time(), []
+    for one in wanted:
+        run_id = one.request.run_id_for(one.task_id)
+        try:
+            note = note_for(one.request, one.task_id, Asked.from_message(one.asked, otherwise_at=now))
+            post = api.create_run(one.request, run_id, note)
+        except DagrelayError:
+            left.append(_Left(one.task_id, one.envelope))
             continue
-        api, headers = known
-        now, jobs = time.time(), []
-        for task_id, envelope, request, asked in wanted:
-            run_id = request.run_id_for(task_id)
-            try:
-                note = note_for(request, task_id, Asked.from_message(asked, otherwise_at=now))
-                post = api.create_run(request, run_id, note)
-            except DagrelayError:
-                left.append(_Left(task_id, envelope))
-                continue
-            post = HttpRequest(post.method, post.path, {**post.headers, **headers}, post.body, post.timeout_s)
-            jobs.append(_Job(task_id, envelope, request, run_id, post))
-        yield api, connection, jobs
+        post = HttpRequest(post.method, post.path, {**post.headers, **headers}, post.body, post.timeout_s)
+        jobs.append(_Job(one.task_id, one.envelope, one.request, run_id, post))
+    return jobs
 
 
 def _authorised(connection: AirflowConnection) -> tuple[ApiModule, Mapping[str, str]] | None:
-    """Return how this Airflow is spoken to; None where nobody may ask it now, or it cannot be found out."""
-    if Holds(store_client()).held(connection.id, connection.fingerprint()):
-        return None
+    """Return how this Airflow is spoken to; None where it cannot be found out."""
     try:
         return airflow_client(connection).authorised()
     except (AirflowUnavailable, CredentialsRefused):
@@ -488,17 +522,19 @@ def _authorised(connection: AirflowConnection) -> tuple[ApiModule, Mapping[str, 
 
 
 def _read(
-    api: ApiModule, connection: AirflowConnection, job: _Job, made: list[tuple[str, str]], left: list[_Left]
+    api: ApiModule,
+    connection: AirflowConnection,
+    job: _Job,
+    answer: HttpResponse | NoAnswer,
+    made: list[tuple[str, str]],
+    left: list[_Left],
 ) -> None:
     """Decide about one answer: a run that was made, or a request that leaves."""
-    if job.answer is None:
-        left.append(_Left(job.task_id, job.envelope))
-        return
-    if isinstance(job.answer, NoAnswer):
-        left.append(_Left(job.task_id, job.envelope, str(job.answer), unsure=job.answer.reached))
+    if isinstance(answer, NoAnswer):
+        left.append(_Left(job.task_id, job.envelope, str(answer), unsure=answer.reached))
         return
     try:
-        view = api.read_created(job.answer, job.request, job.run_id)
+        view = api.read_created(answer, job.request, job.run_id)
     except AirflowUnavailable as exc:
         left.append(_Left(job.task_id, job.envelope, str(exc), unsure=exc.unsure))
         return

@@ -33,6 +33,8 @@ from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
+from . import tracing
+
 if TYPE_CHECKING:
     from tasks.airflow.connections import AirflowConnection
 
@@ -126,11 +128,12 @@ class NoAnswer(Exception):
     """There is no answer that could be read. `reason` says why, without credentials and bodies.
 
     `reached` is False only if not one byte of the request was sent: then the server cannot have done it.
+    `timed_out`: the time was over; the server may be at it still.
     """
 
-    def __init__(self, reason: str, reached: bool) -> None:
-        super().__init__(reason, reached)
-        self.reason, self.reached = reason, reached
+    def __init__(self, reason: str, reached: bool, timed_out: bool = False) -> None:
+        super().__init__(reason, reached, timed_out)
+        self.reason, self.reached, self.timed_out = reason, reached, timed_out
 
     def __str__(self) -> str:
         return self.reason
@@ -176,7 +179,7 @@ class HttpSender:
             connect_timeout_s=connection.connect_timeout_s,
             read_timeout_s=connection.read_timeout_s,
             verify=connection.ca_file if connection.verify and connection.ca_file else connection.verify,
-            pool_size=connection.max_in_flight,
+            pool_size=connection.ceiling,
         )
 
     def send(self, request: HttpRequest) -> HttpResponse:
@@ -194,7 +197,7 @@ class HttpSender:
                 request.method,
                 channel.prefix + request.path,
                 body=request.body,
-                headers={**PLAIN_HEADERS, **request.headers},
+                headers={**PLAIN_HEADERS, **tracing.outgoing(), **request.headers},
                 retries=channel.retries,
                 timeout=urllib3.Timeout(connect=self.connect_timeout_s, read=read_timeout_s),
                 redirect=False,
@@ -218,7 +221,11 @@ class HttpSender:
             ValueError,  # a header that cannot be sent: http.client's own check
         ) as exc:
             # Without the cause: its text and arguments hold the URL, a header, even the proxy's password.
-            raise NoAnswer(f"{self._server}: {self._reason(exc, read_timeout_s)}", _exchange.sent) from None
+            reason = f"{self._server}: {self._reason(exc, read_timeout_s)}"
+            timed_out = any(
+                isinstance(cause, TimeoutError | urllib3.exceptions.TimeoutError) for cause in _chain(exc)
+            )
+            raise NoAnswer(reason, _exchange.sent, timed_out) from None
 
     def close(self) -> None:
         """Close the connections that are not in use. The sender can be used again."""

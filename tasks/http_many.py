@@ -163,7 +163,7 @@ class ManySender:
     async def _exchange(self, session: aiohttp.ClientSession, request: HttpRequest) -> HttpResponse:
         most = http.MAX_ANSWER_BYTES if self._max_answer_bytes is None else self._max_answer_bytes
         read_timeout_s = request.timeout_s if request.timeout_s is not None else self.read_timeout_s
-        exchange = None
+        exchange, timed_out = None, False
         try:
             async with asyncio.timeout(read_timeout_s) as timer:
                 exchange = _Exchange(timer, self.connect_timeout_s, read_timeout_s)
@@ -182,6 +182,7 @@ class ManySender:
         except _TooLarge:
             reason = f"the answer is larger than {most // 1_000_000} MB"
         except TimeoutError:
+            timed_out = True
             reason = (
                 f"no complete answer within {read_timeout_s:g} s"
                 if exchange and exchange.sent
@@ -189,7 +190,8 @@ class ManySender:
             )
         except (aiohttp.ClientError, OSError, ValueError) as exc:
             reason = _reason(exc)
-        raise NoAnswer(f"{self._server}: {reason}", exchange is not None and exchange.sent) from None
+        sent = exchange is not None and exchange.sent
+        raise NoAnswer(f"{self._server}: {reason}", sent, timed_out) from None
 
 
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]|[^\x00-\xff]")

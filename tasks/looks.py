@@ -29,10 +29,10 @@ from redis.exceptions import OutOfMemoryError, RedisError
 from producers.contract import POLL_EXTERNAL_JOB, QUEUE_LOOKS, TRIGGER_DAG
 from producers.stores.waits import Claimed, Seen, Waits
 
-from .airflow.clients import airflow_client
 from .app import RelayTask, app, store_client
 from .http import reset_after_fork
 from .settings import settings
+from .slots import JOIN_S, NoTurn, thread_turn
 from .waiting import parked_look, show_waiting
 
 log = get_logger("dagrelay.looks")
@@ -279,7 +279,7 @@ class RunFollower:
 
         known = settings().connections[connection]
         self.group = f"airflow:{connection}"
-        self.lease_s = 3 * (known.connect_timeout_s + known.read_timeout_s) + SLACK_S
+        self.lease_s = 3 * (known.connect_timeout_s + known.read_timeout_s) + JOIN_S + SLACK_S
         self.facts = FACTS
         self._connection = known
         self.after_fork()
@@ -303,7 +303,10 @@ class RunFollower:
 
         seen: list[Seen] = []
         try:
-            seen = look_at_runs(airflow_client(self._connection), claimed, now)
+            with thread_turn(self._connection) as airflow:
+                seen = look_at_runs(airflow, claimed, now)
+        except NoTurn as exc:
+            log.info("runs not looked at connection=%s: %s", self._connection.id, exc)
         except Exception:
             log.exception("looks failed group=%s", self.group)
         finally:

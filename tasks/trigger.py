@@ -8,10 +8,10 @@ that is there already, `end_of` reads what became of it.
 from __future__ import annotations
 
 import json
-import random
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, NoReturn, Protocol
@@ -44,7 +44,6 @@ from producers.errors import (
     RunConflict,
     RunExists,
 )
-from producers.stores.holds import Holds
 from producers.stores.records import Record
 
 from .again import BACKOFF_CAP_S as BACKOFF_CAP_S
@@ -52,12 +51,12 @@ from .again import NEWER_RETRY_S as NEWER_RETRY_S
 from .again import backoff_s, leave_newer, on_record, redelivered, redis_now
 from .again import retry as _retry
 from .airflow.client import DagRunExists, RunView, as_dag_run
-from .airflow.clients import airflow_client
 from .airflow.connections import AirflowConnection
 from .airflow.run_looks import ENDED, next_look_in_s
-from .app import RelayRequest, RelayTask, app, backend, records, store_client, waits
+from .app import RelayRequest, RelayTask, app, backend, records, waits
 from .results import NotHandedOver
 from .settings import settings
+from .slots import BUSY_S, Busy, NoTurn, Turn, thread_turn
 from .waiting import show, wait
 
 log = get_logger("dagrelay.trigger")
@@ -66,12 +65,6 @@ MISSING_RETRY_S = 5.0
 
 TRUSTED_S = 5.0
 """How long what a look has seen may be taken for true."""
-
-FREE_FOR_S = 1.0
-"""How long a process takes a connection for free that was not held. Asking for each trigger was half of what
-a trigger asks of Redis. A hold that another process begins is met so much later."""
-
-_free_until: dict[tuple[str, str], float] = {}
 
 SETTLE_OUTCOME = "tasks.settle_outcome"
 STOP_RUN = "tasks.stop_run"
@@ -148,20 +141,23 @@ def trigger_dag(self: Any, *before: Any, **message: Any) -> dict[str, Any]:
     connection = settings().connections.get(request.connection)
     if connection is None:
         raise ConnectionNotConfigured(request.connection)
-    airflow = airflow_client(connection)
-    if request.wait and found is not None and found.run is not None:
-        return _come_back(self, request, found, airflow)
-    made = _made_so_far(message)
-    if made is not None:
-        return _when_ended(self, request, made, airflow)
-    probing = _wait_if_held(self, connection)
-
+    turn = Turn(self, connection, give_up_after_s=request.give_up_after_s, priority=request.priority)
     try:
-        run = start_run(request, task_id=task_id, asked=asked, airflow=airflow)
+        with turn as airflow:
+            if request.wait and found is not None and found.run is not None:
+                return _come_back(self, request, found, turn, airflow)
+            made = _made_so_far(message)
+            if made is not None:
+                return _when_ended(self, request, made, turn, airflow)
+            run = start_run(request, task_id=task_id, asked=asked, airflow=airflow)
+    except Busy as exc:
+        raise _retry(self, exc, BUSY_S) from exc
+    except NoTurn as exc:
+        unsure = exc.unsure or redelivered(self)
+        run = _give_up(request, run_id, task_id, None, unsure=unsure, reason=str(exc))
     except CredentialsRefused as exc:
-        _hold(connection, exc.words)
-        _wait_if_held(self, connection, surely=True)
-        raise _retry(self, exc, MISSING_RETRY_S) from exc  # released in between
+        records().attempt_failed(task_id, str(exc))
+        raise turn.parked("credentials", exc) from exc
     except (DagNotFound, DagBroken) as exc:
         so_far = records().attempt_failed(task_id, str(exc), missing=True)
         if so_far.missing_s >= settings().missing_grace_s or so_far.age_s >= request.give_up_after_s:
@@ -170,12 +166,10 @@ def trigger_dag(self: Any, *before: Any, **message: Any) -> dict[str, Any]:
     except AirflowUnavailable as exc:
         lost = exc.unsure or redelivered(self)
         so_far = records().attempt_failed(task_id, str(exc), unsure=lost)
-        wait_s = backoff_s(self.request.retries, exc.retry_after_s, settings().retry_cap_s)
+        wait_s = backoff_s(so_far.count - 1, exc.retry_after_s, settings().retry_cap_s)
         if so_far.age_s + wait_s < request.give_up_after_s:
             raise _retry(self, exc, wait_s) from exc
-        run = _give_up(request, run_id, task_id, airflow, unsure=so_far.unsure, reason=exc.reason)
-    if probing:
-        _holds().release(connection.id, connection.fingerprint())
+        run = _give_up(request, run_id, task_id, turn, unsure=so_far.unsure, reason=exc.reason)
     log.info(
         "run %s task_id=%s dag_id=%s run_id=%s connection=%s key=%s attempt=%d",
         "started" if run.created else "cleared" if run.cleared else "exists",
@@ -184,15 +178,19 @@ def trigger_dag(self: Any, *before: Any, **message: Any) -> dict[str, Any]:
         run.dag_run_id,
         run.connection,
         request.key,
-        self.request.retries + 1,
+        (found.attempts if found else 0) + 1,
     )
-    return _when_ended(self, request, run, airflow)
+    if not request.wait:
+        return run.to_message()
+    with turn as airflow:
+        return _when_ended(self, request, run, turn, airflow)
 
 
 def _when_ended(
     task: Any,
     request: TriggerRequest,
     run: DagRun,
+    turn: Turn,
     airflow: Airflow,
     *,
     read: int = 0,
@@ -205,15 +203,18 @@ def _when_ended(
     if not request.wait:
         return run.to_message()
     if run.state in ENDED:
+        turn.until, turn.give_up_after_s = None, request.give_up_after_s + request.wait_timeout_s
         try:
             return end_of(request, run, airflow).to_message()
-        except (AirflowUnavailable, CredentialsRefused) as exc:
+        except (AirflowUnavailable, CredentialsRefused, NoTurn) as exc:
             # The run has ended well, and its result is there: that Airflow is away is no failure.
             waited = records().attempt_failed(task.request.id, str(exc))
-            if waited.age_s > request.give_up_after_s + request.wait_timeout_s:
+            if isinstance(exc, NoTurn) or waited.age_s > turn.give_up_after_s:
                 words = f"result_from: the run succeeded, and what its task returned cannot be read: {exc}"
                 raise RequestRejected(503, words) from exc
-            raise _retry(task, exc, _backoff_of(task, exc)) from exc
+            if isinstance(exc, CredentialsRefused):
+                raise turn.parked("credentials", exc) from exc
+            raise _retry(task, exc, _backoff_of(waited.count, exc)) from exc
     now = redis_now()
     known = {name: value for name, value in run.to_message().items() if value is not None}
     parked = wait(
@@ -229,7 +230,9 @@ def _when_ended(
     raise parked
 
 
-def _come_back(task: Any, request: TriggerRequest, found: Record, airflow: Airflow) -> dict[str, Any]:
+def _come_back(
+    task: Any, request: TriggerRequest, found: Record, turn: Turn, airflow: Airflow
+) -> dict[str, Any]:
     """Decide about a task that has waited for the end of its run: woken, at its deadline, or delivered again.
 
     An end that a look saw just now counts. Whatever else it was told, it asks Airflow itself: a run that had
@@ -241,14 +244,19 @@ def _come_back(task: Any, request: TriggerRequest, found: Record, airflow: Airfl
     ended = just_ended(seen)
     if ended is not None and found.progress != STOPPING:
         run = replace(run, state=ended)
-        return _when_ended(task, request, run, airflow, read=len(seen), since=since)
-    left_s = since + request.wait_timeout_s - redis_now()
+        return _when_ended(task, request, run, turn, airflow, read=len(seen), since=since)
+    turn.until = since + request.wait_timeout_s
+    left_s = turn.until - redis_now()
     try:
-        view = _get_unless_held(run, airflow)
+        view = airflow.get_dag_run(run.dag_id, run.dag_run_id)
+    except NoTurn:
+        _end_overdue(task, request, run, None)
     except (AirflowUnavailable, CredentialsRefused, RequestRejected) as exc:
         if left_s > 0:
-            records().attempt_failed(task.request.id, str(exc))
-            raise _retry(task, exc, min(left_s, _backoff_of(task, exc))) from exc
+            so_far = records().attempt_failed(task.request.id, str(exc))
+            if isinstance(exc, CredentialsRefused):
+                raise turn.parked("credentials", exc) from exc
+            raise _retry(task, exc, min(left_s, _backoff_of(so_far.count, exc))) from exc
         _end_overdue(task, request, run, None)  # nobody knows whether it has ended meanwhile
     if view is None:
         raise DagRunGone(run.dag_id, run.dag_run_id)
@@ -259,7 +267,7 @@ def _come_back(task: Any, request: TriggerRequest, found: Record, airflow: Airfl
         _end_overdue(task, request, run, airflow)
     if run.state not in ENDED and any(one and one.get("state") in ENDED for one in seen):
         waits().learn(task.request.id, f"had ended, and is {run.state} again")
-    return _when_ended(task, request, run, airflow, read=len(seen), since=since)
+    return _when_ended(task, request, run, turn, airflow, read=len(seen), since=since)
 
 
 def just_ended(seen: Sequence[Any]) -> str | None:
@@ -299,26 +307,6 @@ def _end_overdue(task: Any, request: TriggerRequest, run: DagRun, airflow: Airfl
     raise DagRunOverdue(run.dag_id, run.dag_run_id, request.wait_timeout_s, run.url, stopped)
 
 
-def _get_unless_held(run: DagRun, airflow: Airflow) -> RunView | None:
-    """Ask for a run; a connection that is held is asked by one request at a time, as for a trigger.
-
-    Raises as `AirflowClient.get_dag_run` does, and CredentialsRefused without asking.
-    """
-    name = airflow.connection.id, airflow.connection.fingerprint()
-    held_s = 0.0 if time.monotonic() < _free_until.get(name, 0.0) else _holds().ask(*name)
-    if held_s > 0:
-        raise CredentialsRefused(airflow.connection.id, "the connection is held")
-    try:
-        view = airflow.get_dag_run(run.dag_id, run.dag_run_id)
-    except CredentialsRefused as exc:
-        _hold(airflow.connection, exc.words)
-        raise
-    if held_s < 0:
-        _holds().release(*name)
-    _free_until[name] = time.monotonic() + FREE_FOR_S
-    return view
-
-
 @app.task(name=STOP_RUN, bind=True, ignore_result=True, recorded=False)
 def stop_run(
     self: Any,
@@ -338,18 +326,18 @@ def stop_run(
     known = settings().connections.get(connection)
     if known is None:
         return
-    airflow = airflow_client(known)
     try:
-        view = airflow.get_dag_run(dag_id, dag_run_id)
-        if view is None or view.state in ENDED or not (known_ours or names(view.note, task_id)):
-            return
-        airflow.fail_dag_run(dag_id, dag_run_id)
+        with thread_turn(known) as airflow:
+            view = airflow.get_dag_run(dag_id, dag_run_id)
+            if view is None or view.state in ENDED or not (known_ours or names(view.note, task_id)):
+                return
+            airflow.fail_dag_run(dag_id, dag_run_id)
         log.info("run stopped task_id=%s dag_id=%s run_id=%s", task_id, dag_id, dag_run_id)
     except RequestRejected as exc:
         log.warning("run not stopped task_id=%s dag_id=%s run_id=%s: %s", task_id, dag_id, dag_run_id, exc)
-    except (AirflowUnavailable, CredentialsRefused) as exc:
+    except (AirflowUnavailable, CredentialsRefused, NoTurn) as exc:
         if datetime.now(UTC).timestamp() < until:
-            raise self.retry(countdown=_backoff_of(self, exc), exc=exc) from exc
+            raise self.retry(countdown=_backoff_of(self.request.retries + 1, exc), exc=exc) from exc
         log.warning("run not stopped task_id=%s dag_id=%s run_id=%s: %s", task_id, dag_id, dag_run_id, exc)
 
 
@@ -364,10 +352,10 @@ def settle_outcome(
     known = settings().connections.get(connection)
     if known is None:
         return
-    airflow = airflow_client(known)
     try:
-        view = airflow.get_dag_run(dag_id, dag_run_id)
-    except (AirflowUnavailable, CredentialsRefused, RequestRejected) as exc:
+        with thread_turn(known) as airflow:
+            view = airflow.get_dag_run(dag_id, dag_run_id)
+    except (AirflowUnavailable, CredentialsRefused, RequestRejected, NoTurn) as exc:
         log.info("unknown outcome not looked up task_id=%s: %s", task_id, exc)
         view = None
     if view is not None:
@@ -551,55 +539,26 @@ def _made_so_far(message: Mapping[str, Any]) -> DagRun | None:
     return DagRun.from_message(run)
 
 
-def _backoff_of(task: Any, exc: Exception) -> float:
-    """Return how long to wait before Airflow is asked again."""
+def _backoff_of(attempts: int, exc: Exception) -> float:
+    """Return how long to wait before Airflow is asked again, after so many attempts."""
     asked_s = exc.retry_after_s if isinstance(exc, AirflowUnavailable) else None
-    return backoff_s(task.request.retries, asked_s, settings().retry_cap_s)
-
-
-def _holds() -> Holds:
-    return Holds(store_client(), settings().hold_probe_s)
-
-
-def _hold(connection: AirflowConnection, words: str) -> None:
-    _holds().hold(connection.id, connection.fingerprint(), words)
-    _free_until.pop((connection.id, connection.fingerprint()), None)
-    log.error("connection held, its credentials are refused connection=%s: %s", connection.id, words)
-
-
-def _wait_if_held(task: Any, connection: AirflowConnection, *, surely: bool = False) -> bool:
-    """Raise Retry while the connection is held; tell whether this request is the one to find out.
-
-    That it is not held is known for a second, unless it is to be known `surely`.
-    """
-    name = connection.id, connection.fingerprint()
-    if not surely and time.monotonic() < _free_until.get(name, 0.0):
-        return False
-    left_s = _holds().ask(*name)
-    if left_s == 0:
-        _free_until[name] = time.monotonic() + FREE_FOR_S
-    else:
-        _free_until.pop(name, None)
-    if left_s > 0:
-        wait_s = left_s + random.uniform(0, 5)  # noqa: S311
-        reason = CredentialsRefused(connection.id, "the connection is held until its credentials are mended")
-        records().attempt_failed(task.request.id, str(reason), held_s=wait_s)
-        raise _retry(task, reason, wait_s)
-    return left_s < 0
+    return backoff_s(attempts - 1, asked_s, settings().retry_cap_s)
 
 
 def _give_up(
-    request: TriggerRequest, run_id: str, task_id: str, airflow: Airflow, *, unsure: bool, reason: str
+    request: TriggerRequest, run_id: str, task_id: str, turn: Turn | None, *, unsure: bool, reason: str
 ) -> DagRun:
-    """End a request whose time is over: look once more, then raise GaveUp or OutcomeUnknown."""
+    """End a request whose time is over: look once more, then raise GaveUp or OutcomeUnknown.
+
+    Without a turn, where nothing may be sent to Airflow, it is looked for later only.
+    """
     if not unsure:
         raise GaveUp(request.give_up_after_s, reason)
-    try:
-        existing = airflow.get_dag_run(request.dag_id, run_id)
-    except (AirflowUnavailable, CredentialsRefused, RequestRejected):
-        existing = None
-    if existing is not None:
-        return settle_existing(request, existing, task_id=task_id, airflow=airflow)
+    if turn is not None:
+        with suppress(AirflowUnavailable, CredentialsRefused, RequestRejected, NoTurn), turn as airflow:
+            existing = airflow.get_dag_run(request.dag_id, run_id)
+            if existing is not None:
+                return settle_existing(request, existing, task_id=task_id, airflow=airflow)
     look_up_later(task_id, request.dag_id, run_id, request.connection)
     raise OutcomeUnknown(request.dag_id, run_id, reason)
 

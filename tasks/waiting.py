@@ -42,6 +42,8 @@ def wait(
     look: str = "",
     look_in_s: float = 0.0,
     found: Mapping[str, str] | None = None,
+    line: str = "",
+    ahead_s: float = 0.0,
 ) -> Ignore:
     """Park the task that is running and return the exception to raise.
 
@@ -55,6 +57,9 @@ def wait(
         The group of looks (`service:<id>`, `airflow:<id>`) that follow the job, and when the first is due.
     found
         Fields of the record, to be written in the same step.
+    line, ahead_s
+        The line (a sorted set in Redis) from which it is called, in the order of their age; it counts as so
+        many seconds older than it is. What waits in one reads no observations, and may still expire.
 
     Raises NotHandedOver when Redis does not take it: the message then stays unacknowledged.
     """
@@ -66,11 +71,14 @@ def wait(
         "look": look,
         "look_in_s": look_in_s,
         "found": dict(found or {}),
+        "line": line,
+        "ahead_s": ahead_s,
     }
     successor = task.signature_from_request(
         request,
         retries=request.retries + 1,
-        expires=None,  # it says until when a task may begin, and this one has begun
+        # It says until when a task may begin, and this one has begun, unless it waits for its turn.
+        expires=request.expires if line else None,
         headers={"parked_wait": header},
     )
     try:
@@ -81,7 +89,8 @@ def wait(
         raise
     except Exception as exc:
         raise NotHandedOver(f"the wait of {request.id} could not be parked: {exc}") from exc
-    log.info("waits task_id=%s for=%s", request.id, what)
+    if not line:  # in a line there may be thousands, each for a moment
+        log.info("waits task_id=%s for=%s", request.id, what)
     return Ignore()
 
 
@@ -102,6 +111,8 @@ def park(client: Any, task_id: str, epoch: int, queue_key: str, message: bytes, 
             f"{header['look_in_s']:.3f}",
             header["what"],
             look,
+            header.get("line", ""),
+            header.get("ahead_s", 0),
             *found,
         ),
     )

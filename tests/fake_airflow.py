@@ -208,6 +208,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._reply(*self._log_in(body))
             case _ if airflow.refuse_token or self.headers.get("Authorization") != f"Bearer {airflow.token}":
                 self._reply(401, {"detail": "Not authenticated"})
+            case "GET", ["api", "v2", "dags"] if not airflow.silent:
+                self._reply(200, {"dags": [], "total_entries": 0})
             case "POST", ["api", "v2", "dags", dag_id, "dagRuns"]:
                 self._create(dag_id, body)
             case "GET", ["api", "v2", "dags", dag_id, "dagRuns"]:
@@ -215,7 +217,7 @@ class _Handler(BaseHTTPRequestHandler):
                 if "logical_date" in self.path:
                     found = [run for run in found if run["logical_date"]]
                 self._reply(200, {"dag_runs": found, "total_entries": len(found)})
-            case _, ["api", "v2", "dags", _, "dagRuns", *_] if airflow.silent:
+            case _, ["api", "v2", "dags", *_] if airflow.silent:
                 self._reply(503, {"detail": "busy"})
             case "POST", ["api", "v2", "dags", "~", "dagRuns", "list"]:
                 airflow.lists += 1

@@ -35,20 +35,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from .parking import MAX_SEEN as MAX_SEEN
+from .parking import PARKED as PARKED
+from .parking import PARKING, TASK_LINE
 from .records import KEEP_S, Script
 
 if TYPE_CHECKING:
     from redis import Redis
 
-PARKED: Final = "dagrelay:parked"
 DUE: Final = "dagrelay:due"
 CANCELLED: Final = "dagrelay:cancelled"
 CANCELS: Final = "dagrelay:cancels"
-
-MAX_SEEN: Final = 1000
-"""Observations kept for a task that does not come to read them. In place of newer ones it reads `null`."""
-
-MAX_HISTORY: Final = 100
 
 READ_AT_ONCE: Final = 50
 """Parked messages that a listing reads in one step: each may be over a megabyte."""
@@ -74,83 +71,53 @@ def history_key(task_id: str) -> str:
     return f"dagrelay:history:{task_id}"
 
 
-_COMMON = (
-    """
-local time = redis.call('TIME')
-local now = time[1] + time[2] / 1e6
-local now_text = string.format('%.6f', now)
-local function ended(state) return state == 'done' or state == 'failed' or state == 'cancelled' end
-local function note(id, words)
-  local key = 'dagrelay:history:' .. id
-  redis.call('RPUSH', key, string.format('%.3f', now) .. ' ' .. words)
-  redis.call('LTRIM', key, -"""
-    + str(MAX_HISTORY)
-    + """, -1)
-  redis.call('EXPIRE', key, """
-    + str(KEEP_S)
-    + """)
-end
-local function epoch_of(value)
-  return tonumber(string.sub(value, 1, string.find(value, '\\0', 1, true) - 1))
-end
-local function send_on(id, value)
-  local a = string.find(value, '\\0', 1, true)
-  local b = string.find(value, '\\0', a + 1, true)
-  local c = string.find(value, '\\0', b + 1, true)
-  -- To the front: what has waited, and is over, does not wait for all that has come since.
-  redis.call('RPUSH', string.sub(value, b + 1, c - 1), string.sub(value, c + 1))
-  redis.call('HDEL', 'dagrelay:parked', id)
-  redis.call('ZREM', 'dagrelay:due', id)
-end
-local function see(id, observation)
-  local key = 'dagrelay:seen:' .. id
-  local count = redis.call('RPUSH', key, observation)
-  if count > """
-    + str(MAX_SEEN)
-    + """ then
-    redis.call('RPOP', key)
-    if count == """
-    + str(MAX_SEEN + 1)
-    + """ then redis.call('RPUSH', key, 'null') end  -- go and look: the end may be among those that went
-  end
-  redis.call('EXPIRE', key, """
-    + str(KEEP_S)
-    + """)
-end
-"""
-)
-
 # Park a waiting task. KEYS: parked, due, record, seen, cancelled, the group's looks. ARGV: task id, deadline
 # (seconds since 1970), epoch, queue list, message, how many observations it has read, seconds until the first
-# look, what it waits for, the group ('' for none), then pairs of the record's fields.
+# look, what it waits for, the group ('' for none), the line ('' for none: a sorted set, that of a
+# connection's slots or that of a DAG's gate), the seconds that it is moved forward there, then pairs of the
+# record's fields. What waits in a line reads no observations, and leaves them for when it comes back.
 # Returns parked; queued (there is something to read already, or the deadline is over); stale (this epoch or a
 # later one is in Redis already: a call that is repeated, or an older copy of the task, which has read what is
 # not for it) or ended, and then nothing was done; cancelled, and then nothing was done either: the message is
 # to be sent on with its mark. It begins with a deletion, so that it goes on where Redis is full: the message
 # takes the place of one that a worker holds.
 WAIT: Final = Script(
-    _COMMON
+    PARKING
     + """
 local parked, due, record, seen = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local id, deadline, epoch, group = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[9]
+local line = ARGV[10]
+local conn = string.sub(line, 1, """
+    + str(len(TASK_LINE))
+    + """) == '"""
+    + TASK_LINE
+    + """' and string.sub(line, """
+    + str(len(TASK_LINE) + 1)
+    + """)
 local known = redis.call('HMGET', record, 'state', 'retried', 'look')
 if ended(known[1]) then return 'ended' end
 if known[2] and tonumber(known[2]) >= epoch then return 'stale' end
 local there = redis.call('HGET', parked, id)
 if there and epoch_of(there) > epoch then return 'stale' end
 if redis.call('ZSCORE', KEYS[5], id) then return 'cancelled' end
-redis.call('LTRIM', seen, ARGV[6], -1)
+if line == '' then redis.call('LTRIM', seen, ARGV[6], -1) end
+redis.call('HDEL', record, 'line', 'held_at')
 if known[3] and known[3] ~= group and known[3] ~= '' then
   redis.call('ZREM', 'dagrelay:looks:' .. known[3], id)
 end
 redis.call('HSET', record, 'state', 'waiting', 'retried', ARGV[3], 'waits_for', ARGV[8], 'look', group)
 redis.call('HSETNX', record, 'accepted_at', now_text)
 redis.call('HSETNX', record, 'due_at', now_text)
-redis.call('HSETNX', record, 'waiting_since', now_text)
 redis.call('HDEL', record, 'next_at', 'reason')
+if line == '' then
+  redis.call('HSETNX', record, 'waiting_since', now_text)
+else
+  redis.call('HSET', record, 'line', line)
+  if conn then redis.call('HSET', record, 'held_at', string.format('%.3f', held_so_far(conn))) end
+end
 redis.call('PERSIST', record)
-if #ARGV > 9 then redis.call('HSET', record, unpack(ARGV, 10)) end
-if deadline <= now or redis.call('LLEN', seen) > 0 then
+if #ARGV > 11 then redis.call('HSET', record, unpack(ARGV, 12)) end
+if deadline <= now or (line == '' and redis.call('LLEN', seen) > 0) then
   redis.call('LPUSH', ARGV[4], ARGV[5])
   redis.call('HDEL', parked, id)
   redis.call('ZREM', due, id)
@@ -161,6 +128,11 @@ redis.call('HSET', parked, id,
   ARGV[3] .. '\\0' .. string.format('%.3f', now) .. '\\0' .. ARGV[4] .. '\\0' .. ARGV[5])
 redis.call('ZADD', due, ARGV[2], id)
 if group ~= '' then redis.call('ZADD', KEYS[6], string.format('%.6f', now + ARGV[7]), id) end
+if line ~= '' then
+  local from = tonumber(redis.call('HGET', record, 'due_at'))
+  redis.call('ZADD', line, string.format('%.6f', from - ARGV[11]), id)
+  if conn then pump(conn) end
+end
 return 'parked'
 """
 )
@@ -179,7 +151,7 @@ return redis.call('LRANGE', KEYS[2], 0, -1)
 # the keys with NUL between them: the end of the task takes it out of those. A wake asks the record, so there
 # is one from now on. Returns 0, and does nothing, if the task has ended.
 REGISTER: Final = Script(
-    _COMMON
+    PARKING
     + """
 if ended(redis.call('HGET', KEYS[1], 'state')) then return 0 end
 redis.call('HSETNX', KEYS[1], 'state', 'accepted')
@@ -198,7 +170,7 @@ return 1
 # Wake by a key. KEYS: the key's set. ARGV: observation, by whom. Returns how many tasks were sent on, and for
 # how many it waits in their mailbox.
 WAKE_KEY: Final = Script(
-    _COMMON
+    PARKING
     + """
 local woken, mailed = 0, 0
 for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
@@ -226,7 +198,7 @@ return {woken, mailed}
 # Wake by id. KEYS: none. ARGV: observation, by whom, ids. Returns the ids that were parked. One that runs
 # just now, or is about to, finds it in its mailbox; but no mere `null` where it has not waited yet.
 WAKE: Final = Script(
-    _COMMON
+    PARKING
     + """
 local woken = {}
 for i = 3, #ARGV do
@@ -252,7 +224,7 @@ return woken
 # ('' for none), the parked value. A look belongs to the wait that asked for it: where a deadline ended that,
 # and a retry is parked, it goes.
 CLAIM_LOOKS: Final = Script(
-    _COMMON
+    PARKING
     + """
 local ids = redis.call('ZRANGE', KEYS[1], '-inf', now, 'BYSCORE', 'LIMIT', 0, ARGV[2], 'WITHSCORES')
 local token = string.format('%.6f', now + ARGV[1])
@@ -283,7 +255,7 @@ return answer
 # progress); `error` (how many in a row, reason); `wake` (observation, words for the history). Returns a text
 # with 1 for each that counted, and 0 for each that came too late.
 REPORT: Final = Script(
-    _COMMON
+    PARKING
     + """
 local looks, token = KEYS[1], tonumber(ARGV[1])
 local counted = {}
@@ -323,7 +295,7 @@ return table.concat(counted)
 
 # KEYS: sorted sets of looks. Returns for each how many are due, and in how many seconds the next one is ('').
 DUE_LOOKS: Final = Script(
-    _COMMON
+    PARKING
     + """
 local answer = {}
 for _, key in ipairs(KEYS) do
@@ -342,10 +314,10 @@ return answer
 # that the record has ('' for none), and nothing was done where it has ended; or `again`, and nothing was done
 # either, where what is parked is not what was read.
 CANCEL: Final = Script(
-    _COMMON
+    PARKING
     + """
 local id = ARGV[1]
-local known = redis.call('HMGET', KEYS[1], 'state', 'look', 'cancel_by')
+local known = redis.call('HMGET', KEYS[1], 'state', 'look', 'cancel_by', 'line')
 if ended(known[1]) then return known[1] end
 local value = redis.call('HGET', KEYS[4], id)
 if (value or '') ~= ARGV[4] then return 'again' end
@@ -358,6 +330,7 @@ if known[1] and not known[3] then
 end
 if value then
   send_on(id, ARGV[5])
+  if known[4] then redis.call('ZREM', known[4], id) end
   if known[2] and known[2] ~= '' then redis.call('ZREM', 'dagrelay:looks:' .. known[2], id) end
 end
 return known[1] or ''
@@ -367,7 +340,7 @@ return known[1] or ''
 # KEYS: record. ARGV: task id, words ('' for none), then pairs of fields; an empty value deletes. Nothing is
 # done where the request has ended. Returns whether it was done.
 LEARN: Final = Script(
-    _COMMON
+    PARKING
     + """
 if ended(redis.call('HGET', KEYS[1], 'state')) then return 0 end
 redis.call('HSETNX', KEYS[1], 'state', 'accepted')

@@ -235,14 +235,16 @@ class AirflowClient:
             raise AirflowUnavailable(_pinned_wrong(server.protocol.API), None, False)
         return found
 
+    def ask_whether_accepted(self) -> None:
+        """Ask one cheap question that needs the credentials. Raises as every method does."""
+        self._ask(lambda api: api.ask_whether_accepted(), lambda api, response: api.read_accepted(response))
+
     def check(self) -> Check:
         """Ask for the version, the scheduler's health, and whether the credentials are accepted."""
         version = self.version()
         server = self._known_server()
         try:
-            self._ask(
-                lambda api: api.ask_whether_accepted(), lambda api, response: api.read_accepted(response)
-            )
+            self.ask_whether_accepted()
         except CredentialsRefused as exc:
             problem = exc.words
         else:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 
 from ..http import HttpSender
+from ..metrics import measured
+from .asking import watched
 from .client import AirflowClient
 from .connections import AirflowConnection
 
@@ -19,5 +21,8 @@ def airflow_client(connection: AirflowConnection) -> AirflowClient:
         return found
     with _lock:  # two threads that both made one would both log in
         if connection.id not in _clients:
-            _clients[connection.id] = AirflowClient(connection, HttpSender.for_connection(connection).send)
+            _clients[connection.id] = AirflowClient(
+                connection,
+                watched(measured(connection.id, HttpSender.for_connection(connection).send)),
+            )
         return _clients[connection.id]

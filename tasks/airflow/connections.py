@@ -10,9 +10,11 @@ The path is where Airflow lies behind a prefix. As in Airflow's HTTP connections
 is just "https" asks for TLS instead.
 
 Extras: `token` or `token_file` (a static bearer token instead of user and password), `api_version` (v1 or v2;
-found by asking unless given), `max_in_flight` (requests of all workers in flight, 8), `connect_timeout_s`
-(3.05), `read_timeout_s` (10), `verify` (false: do not verify TLS certificates), `ca_file` (the CA to trust),
-`transport` (rest).
+found by asking unless given), `max_in_flight` (requests of all workers in flight, for each process of
+Airflow's API server, 8), `api_workers` (how many of those there are, 1), `connect_timeout_s` (3.05),
+`read_timeout_s` (10), `timed_out_slot_s` (how long a request that got no answer in time still counts as one
+in flight, 30), `verify` (false: do not verify TLS certificates), `ca_file` (the CA to trust), `transport`
+(rest).
 """
 
 from __future__ import annotations
@@ -47,6 +49,9 @@ MAX_IN_FLIGHT: Final = 8
 """For each API process of Airflow: with its default database pool of 15, the API server of 3.2 and 3.3 stops
 answering altogether when more than 15 authenticated requests are in flight (apache/airflow#66493)."""
 
+TIMED_OUT_SLOT_S: Final = 30.0
+"""How long a request that timed out counts as one in flight: Airflow 3.3.2 works on for about so long."""
+
 _VARIABLE = re.compile(r"AIRFLOW_CONN_([A-Za-z0-9_]+)\Z")
 _OURS = ("http", "https", "airflow")
 _JSON_KEYS = ("conn_id", "conn_type", "description", "host", "login", "password", "port", "schema", "extra")
@@ -57,7 +62,7 @@ class AirflowConnection:
     """One Airflow and the credentials for it. Secrets are not in its repr.
 
     `base_url` has no credentials and no "/" at its end. Without `username` and `token` requests carry no
-    credentials. `max_in_flight` counts the requests of all workers together. Durations are in seconds:
+    credentials. `ceiling` counts the requests of all workers together. Durations are in seconds:
     `connect_timeout_s` for a connection, `read_timeout_s` for a whole answer.
     """
 
@@ -68,11 +73,18 @@ class AirflowConnection:
     token: str | None = field(default=None, repr=False)
     api_version: ApiVersion | None = None
     max_in_flight: int = MAX_IN_FLIGHT
+    api_workers: int = 1
     transport: Literal["rest"] = "rest"
     verify: bool = True
     ca_file: str | None = None
     connect_timeout_s: float = CONNECT_TIMEOUT_S
     read_timeout_s: float = READ_TIMEOUT_S
+    timed_out_slot_s: float = TIMED_OUT_SLOT_S
+
+    @property
+    def ceiling(self) -> int:
+        """The most requests of all workers together that may be in flight."""
+        return self.max_in_flight * self.api_workers
 
     def fingerprint(self) -> str:
         """Return 16 hex digits that change with whatever decides whether the credentials are accepted.
@@ -156,10 +168,12 @@ def _connection(connection_id: str, value: str) -> AirflowConnection:
         token=token,
         api_version=extras.choice("api_version", ("v1", "v2")),
         max_in_flight=int(extras.number("max_in_flight", MAX_IN_FLIGHT, 1, 1000, whole=True)),
+        api_workers=int(extras.number("api_workers", 1, 1, 256, whole=True)),
         verify=extras.flag("verify", True),
         ca_file=extras.file("ca_file"),
         connect_timeout_s=extras.number("connect_timeout_s", CONNECT_TIMEOUT_S, 0.01, 60),
         read_timeout_s=extras.number("read_timeout_s", READ_TIMEOUT_S, 0.01, 300),
+        timed_out_slot_s=extras.number("timed_out_slot_s", TIMED_OUT_SLOT_S, 0, 3600),
     )
     _transport(extras, problems)
     extras.refuse_the_rest()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from redis import Redis
 
 from local.valkey import Valkey
 from producers.client import RelayClient
@@ -38,7 +39,7 @@ class Shared:
 def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
     folder = tmp_path_factory.mktemp("shared")
     with Valkey() as valkey, FakeAirflow() as airflow:
-        connections = {"default": f"{airflow.conn_uri}/?read_timeout_s=1"}
+        connections = {"default": f"{airflow.conn_uri}/?read_timeout_s=1&timed_out_slot_s=1"}
         # Short where a user's would be long: nobody waits a minute for a test.
         env = {"DAGRELAY_MISSING_GRACE_S": "1", "DAGRELAY_LOOK_UP_EVERY_S": "1"}
         options = getattr(request.module, "WORKER_OPTIONS", ())
@@ -48,8 +49,11 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def worker(shared: Shared) -> Worker:
-    """The worker that this module's tests share."""
+    """The worker that this module's tests share, with no memory of how the Airflow fared."""
     shared.airflow.forget()
+    with Redis.from_url(shared.valkey.url) as client:
+        for name in [*client.scan_iter("dagrelay:airflow:*"), *client.scan_iter("dagrelay:slots:*")]:
+            client.delete(name)
     return shared.worker
 
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -41,6 +41,7 @@ from producers.stores.fan_outs import (
     group_id,
     watch_id,
 )
+from producers.stores.lines import Lines
 from producers.stores.records import RESULT_PREFIX, record_key, store
 from tasks import fan_out as worker_side
 from tasks.airflow import clients
@@ -70,7 +71,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
     """Our worker, and a host's, which has no result backend."""
     folder = tmp_path_factory.mktemp("fan-out")
     with Valkey() as valkey, FakeAirflow() as airflow, host_worker(valkey.url, folder):
-        connections = {"default": f"{airflow.conn_uri}/?read_timeout_s=1"}
+        connections = {"default": f"{airflow.conn_uri}/?read_timeout_s=1&timed_out_slot_s=1"}
         with Worker(valkey.url, folder, connections=connections, **QUICK) as worker:
             yield Shared(valkey, airflow, worker)
 
@@ -510,14 +511,11 @@ def test_a_held_connection_is_asked_nothing(relay, airflow, worker):
     until(lambda: probe.state == "waiting")
     airflow.refuse_token = False
     fan = fan_out(many(3), relay=relay)
-    until(lambda: all(handle.state == "waiting" for handle in fan.handles))
+    until(lambda: relay.waits.get(chunk_id(fan.id, 0)))
 
     assert not airflow.runs
-    assert "held" in fan.handles[0].record().reason
-    for name in relay.redis.keys("dagrelay:hold:*"):
-        relay.redis.delete(name)
-    for handle in fan.handles:
-        relay.waits.wake([handle.id])
+    assert "held" in relay.waits.get(chunk_id(fan.id, 0)).waits_for
+    assert Lines(relay.redis).release("default") == "credentials"
     assert {one.state for one in fan.get(timeout=20)} == {"done"}
 
 
@@ -625,7 +623,7 @@ def connected(inside: ModuleType, airflow: FakeAirflow, monkeypatch: pytest.Monk
     environ = {"AIRFLOW_CONN_DEFAULT": airflow.conn_uri, "AIRFLOW_CONN_OTHER": airflow.conn_uri}
     given = replace(settings(), connections=read_connections(environ)[0])
     monkeypatch.setattr(inside, "settings", lambda: given)
-    monkeypatch.setattr(inside, "_lines", {})
+    monkeypatch.setattr(inside, "_senders", {})
     monkeypatch.setattr(clients, "_clients", {})
     return inside
 
@@ -634,10 +632,11 @@ def start_all(
     inside: ModuleType, relay: RelayClient, fan: FanOut, until: float = math.inf
 ) -> dict[str, bytes]:
     """Start a fan-out's first chunk; return the messages that left it."""
+    task = SimpleNamespace(request=SimpleNamespace(id=chunk_id(fan.id, 0)))
     store = FanOuts(relay.redis)
     relay.redis.delete("triggers")
     items = inside.to_begin(store.begin(fan.id, 0))
-    inside.start_some(store, fan.id, 0, items, again=False, until=until)
+    inside.start_some(task, store, fan.id, 0, items, again=False, until=until)
     left = relay.redis.lrange("triggers", 0, -1)
     return {json.loads(message)["headers"]["id"]: message for message in left}
 
@@ -696,7 +695,8 @@ def test_once_its_time_is_over_a_chunk_asks_no_airflow_any_more(connected, valke
 
     left = start_all(connected, relay, fan, until=time.monotonic())
 
-    assert set(left) == {one.id for one in fan.handles}
+    assert left == {}
+    assert [letter for *_, letter in FanOuts(relay.redis).begin(fan.id, 0).items] == ["f"] * 4
     assert not airflow.runs
 
 

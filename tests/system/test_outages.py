@@ -68,7 +68,7 @@ def test_a_clear_whose_answer_was_lost_is_not_done_twice(stack, airflow):
 
 def test_airflow_that_hangs_and_makes_the_runs_when_nobody_waits_any_more_makes_each_once(stack, airflow):
     proxy = stack.proxy()
-    stack.start_worker(proxy.conn_uri(airflow.username, airflow.password) + "?read_timeout_s=1")
+    stack.start_worker(proxy.conn_uri(airflow.username, airflow.password) + "?read_timeout_s=1&timed_out_slot_s=1")
     stack.trigger({"dag_id": "quiet", "key": "hang-0"})  # it has its token
     before = airflow.run_ids("quiet")
     with airflow.frozen_api():
@@ -86,7 +86,7 @@ def test_airflow_that_hangs_and_makes_the_runs_when_nobody_waits_any_more_makes_
 def test_a_request_given_up_with_its_outcome_unknown_is_corrected_when_its_run_turns_up(stack, airflow):
     proxy = stack.proxy()
     stack.start_worker(
-        proxy.conn_uri(airflow.username, airflow.password) + "?read_timeout_s=1", DAGRELAY_LOOK_UP_EVERY_S="1"
+        proxy.conn_uri(airflow.username, airflow.password) + "?read_timeout_s=1&timed_out_slot_s=1", DAGRELAY_LOOK_UP_EVERY_S="1"
     )
     stack.trigger({"dag_id": "quiet", "key": "late-0"})
     with airflow.frozen_api():

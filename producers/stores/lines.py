@@ -1,0 +1,607 @@
+"""The way to each Airflow: how many requests may be in flight, who is next, whether anybody may ask at all.
+
+For each connection, for all workers together:
+
+============================== ===========================================================================
+key                            what
+============================== ===========================================================================
+``dagrelay:airflow:<conn>``    hash: how things stand (below)
+``dagrelay:slots:<conn>``      sorted set: the token of a request in flight → until when its slot is kept
+``dagrelay:line:<conn>``       sorted set: task id → its rank, the instant from which it counts, less what its
+                               priority moves it forward. Its message is parked. What begins with a control
+                               character is no task, but the token of a thread that waits
+``dagrelay:called:<conn>``     sorted set: task id → until when its place is kept: it was called, and is on
+                               its way through its queue
+``dagrelay:granted:<token>``   list: told to the thread that waits for this slot
+``dagrelay:airflows``          set: the connections that there are
+============================== ===========================================================================
+
+A task takes a slot (TAKE), asks Airflow, and gives the slot back with what came of it (GIVE). Where there is
+none, it parks in the line; whoever gives a slot back calls the next. So nobody waits in a thread, nobody
+polls, and a slow Airflow holds as many threads as it has slots. A newcomer never overtakes the line.
+
+**Limit.** From 1 to the ceiling (the connection's `max_in_flight` × `api_workers`): a timeout, a 429 or a 5xx
+halves it, once for all requests that were in flight with it; answers that come quickly while it is used up
+raise it by one a round. A request that timed out keeps its slot: the server is still at it.
+
+**Breaker.** `FAILURES` requests in a row without a usable answer open it: nothing is sent to that Airflow,
+all waits in line. One worker at a time asks one cheap question (`tick` says who, `probed` what came of it).
+With an answer it is half open: the limit begins at 1 and grows by one with each answer; at half the ceiling
+it is closed. Two failures in a row while it is half open open it again.
+
+**Holds.** An operator's (`maintenance`), or after credentials were refused (`credentials`), which then are
+probed now and then, and at once by a worker that has others (their fingerprint differs).
+
+The hash: limit, ceiling, breaker (closed, open, half-open), failures (in a row), opened_at, probe_at (when it
+may be probed next), probes (without an answer, in a row), cut_at (when the limit was halved), held (empty,
+maintenance, credentials), held_reason, held_by, held_since, held_total (seconds, of holds that are over),
+fingerprint (of the credentials that were refused), probed_at. Instants are seconds since 1970 by Redis'
+clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+
+from .parking import PARKING, SLOT_S, TASK_LINE, THREAD
+from .records import Script, record_key
+
+if TYPE_CHECKING:
+    from redis import Redis
+
+FAILURES: Final = 5
+"""So many requests in a row without a usable answer open the breaker."""
+
+SLOW_S: Final = 2.0
+"""An answer that takes longer is no reason to send more at once."""
+
+FIRST_PROBE_S: Final = 0.5
+MAX_PROBE_S: Final = 5.0
+"""The pause before the first probe of an outage, and the longest one between two: each doubles the last."""
+
+OTHERS_S: Final = 2.0
+"""How soon a connection that is held for its credentials may be probed with others."""
+
+PRIORITY_S: Final = 60.0
+"""By how many seconds a step of priority moves a request forward in the line. So it ages: what came so much
+earlier goes first all the same, and nothing starves."""
+
+DEFAULT_PRIORITY: Final = 5
+
+AIRFLOWS: Final = "dagrelay:airflows"
+
+Verdict = Literal["ok", "timeout", "strained", "broken", "refused", "unused"]
+"""What came of a request: an answer of Airflow's; none in time; a 429 or 5xx; a connection refused or cut;
+its credentials refused; or it was not sent."""
+
+Breaker = Literal["closed", "open", "half-open"]
+Held = Literal["", "maintenance", "credentials"]
+
+
+def airflow_key(connection: str) -> str:
+    """Return the hash that says how things stand with a connection."""
+    return f"dagrelay:airflow:{connection}"
+
+
+def slots_key(connection: str) -> str:
+    """Return the sorted set of a connection's requests in flight."""
+    return f"dagrelay:slots:{connection}"
+
+
+def line_key(connection: str) -> str:
+    """Return the sorted set of what waits for a slot."""
+    return TASK_LINE + connection
+
+
+def called_key(connection: str) -> str:
+    """Return the sorted set of what was called from the line and has not come yet."""
+    return f"dagrelay:called:{connection}"
+
+
+def granted_key(token: str) -> str:
+    """Return the list on which a thread hears that it has its slot."""
+    return f"dagrelay:granted:{token}"
+
+
+def ahead_s(priority: int) -> float:
+    """Return how many seconds a priority from 0 to 9 moves a request forward in its line."""
+    return (priority - DEFAULT_PRIORITY) * PRIORITY_S
+
+
+# Each begins with a deletion: it goes on where Redis is full, and what is done makes room.
+
+# KEYS: record ('' for none), line, called, slots, the hash, the connections. ARGV: connection, task id (''),
+# ceiling, how many slots, token. Returns how many were taken (tokens `<token>.1` …), why there
+# is none (slot, open, maintenance, credentials), of the record its age in seconds without those held and
+# whether it is unsure, and the time.
+TAKE: Final = Script(
+    PARKING
+    + """
+local conn, id = ARGV[1], ARGV[2]
+redis.call('ZREM', KEYS[2], id)
+local was_called = redis.call('ZREM', KEYS[3], id) == 1
+local known = redis.call('HMGET', KEYS[5], 'ceiling', 'limit', 'held', 'breaker')
+if known[1] ~= ARGV[3] or not known[2] then
+  redis.call('HSET', KEYS[5], 'ceiling', ARGV[3])
+  redis.call('SADD', KEYS[6], conn)
+  -- One that is below the ceiling for a reason of its own stays there, and grows.
+  if not known[2] or tonumber(known[2]) > tonumber(ARGV[3]) or tonumber(known[2]) == tonumber(known[1]) then
+    redis.call('HSET', KEYS[5], 'limit', ARGV[3])
+  end
+end
+local age, unsure = '0', '0'
+if KEYS[1] ~= '' then
+  local of = redis.call('HMGET', KEYS[1], 'due_at', 'held_s', 'held_at', 'unsure')
+  local held = tonumber(of[2] or 0)
+  if of[3] then
+    held = held + math.max(0, held_so_far(conn) - of[3])
+    redis.call('HSET', KEYS[1], 'held_s', string.format('%.3f', held))
+    redis.call('HDEL', KEYS[1], 'held_at', 'line')
+  end
+  if of[1] then age = string.format('%.3f', now - of[1] - held) end
+  unsure = of[4] or '0'
+end
+if known[3] and known[3] ~= '' then return {0, known[3], age, unsure, now_text} end
+if known[4] == 'open' then return {0, 'open', age, unsure, now_text} end
+local free = room(conn)
+if free > 0 and not was_called and redis.call('EXISTS', KEYS[2]) == 1 then  -- a newcomer: the line goes first
+  pump(conn)
+  free = room(conn)
+end
+local taken = math.min(free, tonumber(ARGV[4]))
+local until_ = string.format('%.6f', now + """
+    + str(SLOT_S)
+    + """)
+for i = 1, taken do redis.call('ZADD', KEYS[4], until_, ARGV[5] .. '.' .. i) end
+return {math.max(taken, 0), taken > 0 and '' or 'slot', age, unsure, now_text}
+"""
+)
+
+# What came of requests. KEYS: line, called, slots, the hash. ARGV: connection, own fingerprint, words (of
+# the refusal), how many slots more are wanted, rank of the one who wants them, their token, the seconds for
+# which a request that timed out keeps its slot, then for each request its token ('' where its slot is kept
+# for the next request), verdict, seconds that it took. Returns how many slots were taken, how many others
+# wait that have a better rank, 1 where nothing may be sent any more, and what has changed (open, closed,
+# credentials; '').
+GIVE: Final = Script(
+    PARKING
+    + """
+local conn = ARGV[1]
+local line, slots, key = KEYS[1], KEYS[3], KEYS[4]
+redis.call('ZREM', slots, '')
+local known = redis.call('HMGET', key, 'limit', 'ceiling', 'breaker', 'failures', 'cut_at', 'held')
+local ceiling = tonumber(known[2] or 1)
+local before = tonumber(known[1] or ceiling)
+local limit, breaker, failures = before, known[3] or 'closed', tonumber(known[4] or 0)
+local had, cut = failures, tonumber(known[5] or 0)
+local was, in_flight = breaker, redis.call('ZCARD', slots)
+local held, refused = known[6] or '', false
+for i = 8, #ARGV, 3 do
+  local token, verdict, took = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2])
+  if verdict == 'timeout' and token ~= '' then
+    redis.call('ZADD', slots, string.format('%.6f', now + ARGV[7]), token .. ':late')
+  end
+  if token ~= '' then redis.call('ZREM', slots, token) end
+  if verdict == 'ok' then
+    failures = 0
+    if breaker == 'half-open' then
+      limit = math.min(ceiling, limit + 1)
+      if limit >= ceiling / 2 then breaker = 'closed' end
+    elseif limit < ceiling and took < """
+    + str(SLOW_S)
+    + """ and in_flight >= math.floor(limit) then
+      limit = math.min(ceiling, limit + 1 / limit)
+    end
+  elseif verdict == 'refused' then
+    refused = true
+  elseif verdict ~= 'unused' then
+    failures = failures + 1
+    if verdict ~= 'broken' and now - took > cut then
+      limit, cut = math.max(1, limit / 2), now
+    end
+    if (breaker == 'half-open' and failures >= 2) or (breaker == 'closed' and failures >= """
+    + str(FAILURES)
+    + """) then
+      breaker = 'open'
+    end
+  end
+end
+if limit ~= before then redis.call('HSET', key, 'limit', string.format('%.4f', limit), 'cut_at', cut) end
+if failures ~= had then redis.call('HSET', key, 'failures', failures) end
+if breaker ~= was then
+  redis.call('HSET', key, 'breaker', breaker)
+  if breaker == 'open' then
+    local probes = was == 'half-open' and tonumber(redis.call('HGET', key, 'probes') or 0) or 0
+    redis.call('HSET', key, 'probes', probes, 'probe_at', string.format('%.6f', now + """
+    + str(FIRST_PROBE_S)
+    + """))
+    redis.call('HSETNX', key, 'opened_at', now_text)
+  else
+    redis.call('HDEL', key, 'opened_at', 'probes')
+  end
+end
+if refused and held == '' then
+  redis.call('HSET', key, 'held', 'credentials', 'held_reason', ARGV[3], 'held_since', now_text,
+    'held_by', 'a worker', 'fingerprint', ARGV[2], 'probe_at', now_text)
+  held = 'credentials'
+end
+if refused and held == 'credentials' then
+  redis.call('HSET', key, 'fingerprint', ARGV[2], 'held_reason', ARGV[3])
+end
+pump(conn)
+local changed = breaker ~= was and breaker or refused and (known[6] or '') == '' and 'credentials' or ''
+if held ~= '' or breaker == 'open' then return {0, 0, 1, changed} end
+local taken, wanted = 0, tonumber(ARGV[4])
+if wanted > 0 then
+  local free = room(conn)
+  taken = math.max(0, math.min(free, wanted))
+  local until_ = string.format('%.6f', now + """
+    + str(SLOT_S)
+    + """)
+  for i = 1, taken do redis.call('ZADD', slots, until_, ARGV[6] .. '.' .. i) end
+end
+local better = ARGV[5] ~= '' and redis.call('ZCOUNT', line, '-inf', '(' .. ARGV[5]) or 0
+return {taken, better, 0, changed}
+"""
+)
+
+# A thread joins the line. KEYS: line, the list on which it hears. ARGV: connection, token. Before all tasks:
+# there are few of them, and they hold a thread.
+JOIN: Final = Script(
+    PARKING
+    + """
+redis.call('DEL', KEYS[2])
+redis.call('ZADD', KEYS[1], '-inf', '\\1' .. ARGV[2])
+return pump(ARGV[1])
+"""
+)
+
+# A thread leaves the line again. KEYS: line, slots, the list. ARGV: connection, token. Gives back what it was
+# granted meanwhile.
+LEAVE: Final = Script(
+    PARKING
+    + """
+redis.call('ZREM', KEYS[1], '\\1' .. ARGV[2])
+if redis.call('ZREM', KEYS[2], ARGV[2]) == 1 then pump(ARGV[1]) end
+redis.call('DEL', KEYS[3])
+return 1
+"""
+)
+
+# KEYS: slots of a connection. ARGV: tokens. A slot that has run out is not revived: somebody else has it.
+RENEW: Final = Script(
+    """
+local time = redis.call('TIME')
+local until_ = string.format('%.6f', time[1] + time[2] / 1e6 + """
+    + str(SLOT_S)
+    + """)
+redis.call('ZREM', KEYS[1], '')
+local kept = 0
+for _, token in ipairs(ARGV) do
+  if redis.call('ZSCORE', KEYS[1], token) then
+    redis.call('ZADD', KEYS[1], until_, token)
+    kept = kept + 1
+  end
+end
+return kept
+"""
+)
+
+# Have what there is room for go on, and say which connections are to be probed by the caller. KEYS: none.
+# ARGV: seconds that a probe may take, then pairs: connection, own fingerprint. Who has other credentials than
+# those that were refused need not wait until these are probed again.
+TICK: Final = Script(
+    PARKING
+    + """
+local answer = {}
+for i = 2, #ARGV, 2 do
+  local conn, key = ARGV[i], 'dagrelay:airflow:' .. ARGV[i]
+  redis.call('ZREM', 'dagrelay:slots:' .. conn, '')
+  pump(conn)
+  local known = redis.call('HMGET', key, 'breaker', 'held', 'probe_at', 'fingerprint', 'probed_at')
+  local open, refused = known[1] == 'open', known[2] == 'credentials'
+  if (open and (known[2] or '') == '') or refused then
+    if now >= tonumber(known[3] or 0)
+      or (refused and known[4] ~= ARGV[i + 1] and now >= tonumber(known[5] or 0) + """
+    + str(OTHERS_S)
+    + """) then
+      redis.call('HSET', key, 'probe_at', string.format('%.6f', now + ARGV[1]), 'probed_at', now_text)
+      answer[#answer + 1] = conn
+    end
+  end
+end
+return answer
+"""
+)
+
+# KEYS: the hash, slots. ARGV: connection, what came of it (ok, failed, refused), own fingerprint, words,
+# seconds between two probes of refused credentials. Returns what the breaker is now.
+PROBED: Final = Script(
+    PARKING
+    + """
+local conn, key, verdict = ARGV[1], KEYS[1], ARGV[2]
+redis.call('ZREM', KEYS[2], '')
+local known = redis.call('HMGET', key, 'breaker', 'held', 'probes', 'ceiling', 'opened_at')
+if known[2] == 'maintenance' then return known[1] or 'closed' end
+if verdict == 'failed' then
+  local probes = tonumber(known[3] or 0) + 1
+  local pause = math.min("""
+    + str(MAX_PROBE_S)
+    + """, """
+    + str(FIRST_PROBE_S)
+    + """ * 2 ^ math.min(probes, 10))
+  redis.call('HSET', key, 'probes', probes, 'probe_at', string.format('%.6f', now + pause))
+  return known[1] or 'closed'
+end
+if verdict == 'refused' then
+  if known[2] ~= 'credentials' then
+    redis.call('HSET', key, 'held', 'credentials', 'held_since', now_text, 'held_by', 'a worker')
+  end
+  redis.call('HSET', key, 'held_reason', ARGV[4], 'fingerprint', ARGV[3],
+    'probe_at', string.format('%.6f', now + ARGV[5]))
+  if known[1] == 'open' then redis.call('HSET', key, 'breaker', 'half-open', 'limit', 1, 'failures', 0) end
+  return known[1] or 'closed'
+end
+if known[2] == 'credentials' then
+  redis.call('HSET', key, 'held_total', string.format('%.3f', held_so_far(conn)), 'held', '')
+  redis.call('HDEL', key, 'held_reason', 'held_since', 'held_by', 'fingerprint')
+end
+if known[1] == 'open' then
+  redis.call('HSET', key, 'breaker', 'half-open', 'limit', 1, 'failures', 0)
+end
+pump(conn)
+return redis.call('HGET', key, 'breaker') or 'closed'
+"""
+)
+
+# KEYS: the hash, slots, the connections. ARGV: connection, reason, by whom. An operator's hold takes the
+# place of one for refused credentials.
+HOLD: Final = Script(
+    PARKING
+    + """
+redis.call('ZREM', KEYS[2], '')
+local was = redis.call('HGET', KEYS[1], 'held') or ''
+redis.call('SADD', KEYS[3], ARGV[1])
+redis.call('HSET', KEYS[1], 'held', 'maintenance', 'held_reason', ARGV[2], 'held_by', ARGV[3])
+if was == '' then redis.call('HSET', KEYS[1], 'held_since', now_text) end
+return was
+"""
+)
+
+# KEYS: the hash, slots. ARGV: connection. Ends any hold, and has an open breaker probed at once. Returns what
+# was held ('' for nothing).
+UNHOLD: Final = Script(
+    PARKING
+    + """
+redis.call('ZREM', KEYS[2], '')
+local was = redis.call('HGET', KEYS[1], 'held') or ''
+if was ~= '' then
+  redis.call('HSET', KEYS[1], 'held_total', string.format('%.3f', held_so_far(ARGV[1])), 'held', '')
+  redis.call('HDEL', KEYS[1], 'held_reason', 'held_since', 'held_by', 'fingerprint')
+end
+if redis.call('HGET', KEYS[1], 'breaker') == 'open' then redis.call('HSET', KEYS[1], 'probe_at', now_text) end
+pump(ARGV[1])
+return was
+"""
+)
+
+# KEYS: the hash, slots, line, called. ARGV: connection. Returns the hash's fields, then how many are in
+# flight, called, in line, and the age of the task that is next in line ('' for none).
+STATE: Final = Script(
+    PARKING
+    + """
+local first = redis.call('ZRANGE', KEYS[3], '(-inf', '+inf', 'BYSCORE', 'LIMIT', 0, 1)[1]
+local from = first and redis.call('HGET', 'dagrelay:record:' .. first, 'due_at')
+return {redis.call('HGETALL', KEYS[1]), redis.call('ZCOUNT', KEYS[2], now, '+inf'),
+  redis.call('ZCOUNT', KEYS[4], now, '+inf'), redis.call('ZCARD', KEYS[3]),
+  from and string.format('%.3f', now - from) or ''}
+"""
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LineState:
+    """How things stand with one connection. Instants are seconds since 1970 by Redis' clock."""
+
+    connection: str
+    ceiling: int
+    """The most requests that may be in flight, as the workers are configured."""
+    limit: float
+    """How many may be now; only whole ones count."""
+    in_flight: int
+    called: int
+    """On their way from the line to a worker."""
+    waiting: int
+    """In the line."""
+    oldest_s: float | None
+    """Since when the first in line counts: the oldest, unless priorities differ."""
+    breaker: Breaker
+    opened_at: float | None
+    held: Held
+    held_reason: str
+    held_by: str
+    held_since: float | None
+    failures: int
+    """Requests in a row without a usable answer."""
+
+    @property
+    def answers(self) -> bool:
+        """Whether requests may be sent."""
+        return not self.held and self.breaker != "open"
+
+
+class Taken(NamedTuple):
+    """What came of asking for slots."""
+
+    slots: int
+    why: str
+    """Why there is none: slot, open, maintenance, credentials."""
+    age_s: float
+    """Since when the request counts, without the time for which its connection was held."""
+    unsure: bool
+    now: float
+    """By Redis' clock, in seconds since 1970."""
+
+
+class Given(NamedTuple):
+    """What a holder of slots is told when it gives some back."""
+
+    slots: int
+    better: int
+    """How many wait that are to go first."""
+    over: bool
+    """Whether nothing may be sent any more."""
+    changed: str
+    """What has changed with this: open, closed, credentials, or nothing ("")."""
+
+
+class Lines:
+    """The ways to all Airflows, in one Redis. Each method is one round trip; raises what redis-py raises."""
+
+    def __init__(self, client: Redis) -> None:
+        self._client = client
+
+    # What workers do
+
+    def announce(self, connection: str, ceiling: int) -> None:
+        """Say that there is a connection, and how many requests may be in flight to it."""
+        with self._client.pipeline() as pipe:
+            pipe.sadd(AIRFLOWS, connection)
+            pipe.hset(airflow_key(connection), "ceiling", str(ceiling))
+            pipe.execute()
+
+    def take(self, connection: str, token: str, *, ceiling: int, task_id: str = "", want: int = 1) -> Taken:
+        """Take up to `want` slots, with tokens `<token>.1` and so on; a task leaves the line with that."""
+        keys = (
+            record_key(task_id) if task_id else "",
+            line_key(connection),
+            called_key(connection),
+            slots_key(connection),
+            airflow_key(connection),
+            AIRFLOWS,
+        )
+        count, why, age_s, unsure, now = TAKE.run(
+            self._client, keys, (connection, task_id, ceiling, want, token)
+        )
+        return Taken(int(count), _text(why), float(age_s), _text(unsure) == "1", float(now))
+
+    def give(
+        self,
+        connection: str,
+        done: Iterable[tuple[str, Verdict, float]],
+        *,
+        fingerprint: str,
+        words: str = "",
+        want: int = 0,
+        rank: float | None = None,
+        token: str = "",
+        late_s: float = 30.0,
+    ) -> Given:
+        """Say what came of requests: the token of each, the verdict, the seconds it took.
+
+        An empty token keeps the slot for the holder's next request. `want`: take so many more slots, with
+        `token`, as `take` does; `rank` is that of the holder in the line. `late_s`: for how long a request
+        that timed out keeps its slot.
+        """
+        keys = (line_key(connection), called_key(connection), slots_key(connection), airflow_key(connection))
+        args: list[Any] = [
+            connection,
+            fingerprint,
+            words,
+            want,
+            "" if rank is None else f"{rank:.6f}",
+            token,
+            late_s,
+        ]
+        for one, verdict, took_s in done:
+            args += (one, verdict, f"{took_s:.4f}")
+        taken, better, over, changed = GIVE.run(self._client, keys, args)
+        return Given(int(taken), int(better), bool(int(over)), _text(changed))
+
+    def join(self, connection: str, token: str) -> None:
+        """Have a thread wait for a slot with this token, before all tasks; it hears on `granted_key`."""
+        JOIN.run(self._client, (line_key(connection), granted_key(token)), (connection, token))
+
+    def leave(self, connection: str, token: str) -> None:
+        """Have a thread wait no longer; a slot that it was granted meanwhile is given back."""
+        keys = (line_key(connection), slots_key(connection), granted_key(token))
+        LEAVE.run(self._client, keys, (connection, token))
+
+    def renew(self, connection: str, tokens: Sequence[str]) -> int:
+        """Keep slots for `SLOT_S` more; return how many there still were."""
+        return int(RENEW.run(self._client, (slots_key(connection),), tokens)) if tokens else 0
+
+    def tick(self, connections: Iterable[tuple[str, str]], *, probe_s: float) -> list[str]:
+        """Call what there is room for; return the connections that the caller is to probe, within `probe_s`.
+
+        `connections`: each with the fingerprint of the caller's credentials.
+        """
+        pairs = [text for pair in connections for text in pair]
+        return [_text(one) for one in TICK.run(self._client, (), (probe_s, *pairs))]
+
+    def probed(
+        self,
+        connection: str,
+        verdict: Literal["ok", "failed", "refused"],
+        *,
+        fingerprint: str,
+        words: str = "",
+        again_s: float = 30.0,
+    ) -> Breaker:
+        """Say what came of a probe; return the breaker's state. `again_s`: until the next, if refused."""
+        keys = (airflow_key(connection), slots_key(connection))
+        answer = PROBED.run(self._client, keys, (connection, verdict, fingerprint, words, again_s))
+        return _text(answer)  # type: ignore[return-value]
+
+    # What operators do
+
+    def hold(self, connection: str, reason: str, by: str = "hand") -> str:
+        """Have nothing sent to an Airflow until `release`; return what hold there was ("" for none)."""
+        keys = (airflow_key(connection), slots_key(connection), AIRFLOWS)
+        return _text(HOLD.run(self._client, keys, (connection, reason, by)))
+
+    def release(self, connection: str) -> str:
+        """End a hold, and have an open breaker probed now; return what hold there was ("" for none)."""
+        keys = (airflow_key(connection), slots_key(connection))
+        return _text(UNHOLD.run(self._client, keys, (connection,)))
+
+    def names(self) -> list[str]:
+        """Return the connections that were ever used or held, in order."""
+        return sorted(_text(one) for one in self._client.smembers(AIRFLOWS))
+
+    def state(self, connection: str) -> LineState:
+        """Return how things stand with a connection."""
+        keys = (airflow_key(connection), slots_key(connection), line_key(connection), called_key(connection))
+        flat, in_flight, called, waiting, oldest = STATE.run(self._client, keys, (connection,))
+        texts = [_text(one) for one in flat]
+        known = dict(zip(texts[::2], texts[1::2], strict=True))
+        ceiling = int(known.get("ceiling", 0))
+        return LineState(
+            connection=connection,
+            ceiling=ceiling,
+            limit=float(known.get("limit", ceiling)),
+            in_flight=int(in_flight),
+            called=int(called),
+            waiting=int(waiting),
+            oldest_s=float(_text(oldest)) if _text(oldest) else None,
+            breaker=known.get("breaker", "closed"),  # type: ignore[arg-type]
+            opened_at=_number(known.get("opened_at")),
+            held=known.get("held", ""),  # type: ignore[arg-type]
+            held_reason=known.get("held_reason", ""),
+            held_by=known.get("held_by", ""),
+            held_since=_number(known.get("held_since")),
+            failures=int(known.get("failures", 0)),
+        )
+
+
+def _number(text: str | None) -> float | None:
+    return float(text) if text else None
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+__all__ = ["THREAD", "LineState", "Lines"]
