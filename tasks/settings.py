@@ -24,6 +24,8 @@ class WorkerSettings:
     services: Mapping[str, Service] = field(default_factory=dict)
     concurrency: int = 16
     visibility_timeout_s: float = 30.0
+    slots: bool = True
+    """False for benchmarks alone: nothing is counted, and nothing spares Airflow."""
     fetch: str = "moved"
     """How messages are fetched from Redis: "moved", our transport's way, or "stock", kombu's."""
     result_ttl_s: int = 86_400
@@ -108,6 +110,7 @@ def read_settings(environ: Mapping[str, str]) -> WorkerSettings:
     if fetch not in ("moved", "stock"):
         mistakes.append(f"DAGRELAY_FETCH is {fetch[:20]!r}: give moved or stock")
     settings = WorkerSettings(
+        slots=environ.get("DAGRELAY_SLOTS") != "off",
         fetch=fetch,
         redis_url=redis_url,
         connections=connections,

@@ -51,6 +51,9 @@ JOIN_S: Final = 5.0
 EXCHANGE_S: Final = 0.03
 """How often one who sends many side by side gives slots back and takes others."""
 
+OFF: Final = "off"
+"""The token where slots are off: see `WorkerSettings.slots`."""
+
 BUSY_S: Final = 0.25
 """When a request comes back for which its worker had no thread: others have had their turn, or another worker
 takes it."""
@@ -182,6 +185,9 @@ class Turn:
         """Take a slot, unless there is one already. Raises what parks the task, NoTurn, and redis-py's."""
         if self._token:
             return
+        if not settings().slots:
+            self._token = OFF
+            return
         if _held.count(self.connection.id) >= most_here():
             raise Busy
         taken, token = _take(self.connection, self._task.request.id)
@@ -200,6 +206,8 @@ class Turn:
         if not self._token:
             return
         token, self._token, asking.asker = self._token, "", None
+        if token == OFF:
+            return
         verdict, words = self._verdict, ""
         if isinstance(exc, CredentialsRefused):
             verdict, words = "refused", exc.words
