@@ -1,10 +1,15 @@
 """What workers run: `celery -A tasks worker`."""
 
+from . import beat as beat
 from . import fan_out as fan_out
 from . import looks as looks
 from .app import app
 from .external_job import poll_external_job
+from .settings import settings
 from .trigger import settle_outcome, trigger_dag
+
+if settings().metrics_ports:
+    from . import metrics_page as metrics_page
 
 __all__ = [
     "app",

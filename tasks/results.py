@@ -21,7 +21,7 @@ from producers.contract import POLL_EXTERNAL_JOB, TRIGGER_DAG, TriggerRequest, r
 from producers.errors import DagrelayError, OutcomeUnknown, SubmitUnknown, error_from
 from producers.stores.records import Ended, State, store
 
-from . import logs
+from . import logs, metrics
 
 log = get_logger("dagrelay.results")
 
@@ -134,6 +134,11 @@ class RecordedBackend(RedisBackend):
         )
         if isinstance(ended, Ended):
             logs.outcome(task_id, state, ended, meta["result"], correct=correct)
+            message = getattr(request, "kwargs", None)
+            metrics.count_end(state, meta["result"], ended, message, corrected=correct)
+        elif ended and state == "waiting":
+            why = meta["result"] if isinstance(meta["result"], dict) else {}
+            metrics.count_retry(found.get("task", ""), str(why.get("exc_type", "")))
         return bool(ended)
 
     def on_chord_part_return(

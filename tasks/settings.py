@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -47,6 +48,9 @@ class WorkerSettings:
     """How often a connection whose credentials were refused is tried again, by one request."""
     fan_out_watch_s: float = 60.0
     """How often a fan-out that does not get on is looked at: whether all of its parts are still there."""
+    metrics_ports: range = range(0)
+    """The TCP ports of which this process takes the first free one for its metrics; none: it serves none."""
+    metrics_host: str = "0.0.0.0"  # noqa: S104 - that of a container; what is served there names no dag and no key
 
 
 def _redis_url(environ: Mapping[str, str], mistakes: list[str]) -> str:
@@ -92,6 +96,31 @@ def _number(
     return value
 
 
+_HOST = re.compile(r"[A-Za-z0-9_.:-]{1,253}")
+
+
+def _metrics(environ: Mapping[str, str], mistakes: list[str]) -> tuple[range, str]:
+    """Return the ports and the address on which to serve metrics."""
+    text = environ.get("DAGRELAY_METRICS_PORT", "")
+    host = environ.get("DAGRELAY_METRICS_HOST") or WorkerSettings.metrics_host
+    if not _HOST.fullmatch(host):
+        mistakes.append(
+            f"DAGRELAY_METRICS_HOST is {host[:40]!r}: give an address of this machine, e.g. 0.0.0.0"
+        )
+    if not text:
+        return range(0), host
+    parts = text.split("-")
+    numbers = [int(part) for part in parts if part.isascii() and part.isdecimal() and len(part) <= 5]
+    first, last = (numbers[0], numbers[-1]) if numbers else (0, 0)
+    if len(numbers) != len(parts) or len(parts) > 2 or not 1 <= first <= last <= 65_535:
+        mistakes.append(
+            f"DAGRELAY_METRICS_PORT is {text[:20]!r}: give a TCP port from 1 to 65535, or a range such as "
+            "9464-9471 for several workers on one machine"
+        )
+        return range(0), host
+    return range(first, last + 1), host
+
+
 def read_settings(environ: Mapping[str, str]) -> WorkerSettings:
     """Return the settings. Raises ConfigurationError with every mistake at once, by the variable's name."""
     mistakes: list[str] = []
@@ -109,6 +138,7 @@ def read_settings(environ: Mapping[str, str]) -> WorkerSettings:
     fetch = environ.get("DAGRELAY_FETCH", "moved")
     if fetch not in ("moved", "stock"):
         mistakes.append(f"DAGRELAY_FETCH is {fetch[:20]!r}: give moved or stock")
+    metrics_ports, metrics_host = _metrics(environ, mistakes)
     settings = WorkerSettings(
         slots=environ.get("DAGRELAY_SLOTS") != "off",
         fetch=fetch,
@@ -127,6 +157,8 @@ def read_settings(environ: Mapping[str, str]) -> WorkerSettings:
         retry_cap_s=_number(environ, "DAGRELAY_RETRY_CAP_S", 20, 0.1, 3600, mistakes),
         hold_probe_s=_number(environ, "DAGRELAY_HOLD_PROBE_S", 30, 1, 3600, mistakes),
         fan_out_watch_s=_number(environ, "DAGRELAY_FAN_OUT_WATCH_S", 60, 0.2, 3600, mistakes),
+        metrics_ports=metrics_ports,
+        metrics_host=metrics_host,
     )
     if mistakes:
         raise ConfigurationError(*mistakes)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from celery.utils.dispatch import Signal
 from celery.utils.log import get_logger
 from celery.worker import state as worker_state
 from redis import ConnectionPool
@@ -43,6 +44,9 @@ Why = Literal["counted", "begun", "unseen"]
 
 LEAVE_S: Final = 0.1
 """How often a process that ends writes what its last tasks leave to be written."""
+
+taken_back: Final = Signal(name="taken_back", providing_args=["count"])
+"""Sent when messages that a dead worker held were put back to their queues."""
 
 
 @dataclass(slots=True)
@@ -289,6 +293,7 @@ class Hand:
             total += back
             if back:
                 log.warning("put back %d messages of a dead worker owner=%s", back, owner)
+                taken_back.send(sender=self, count=back)
             if more and not back:
                 return total
 

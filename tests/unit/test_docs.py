@@ -6,14 +6,14 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-README, RUNNING = ROOT / "README.md", ROOT / "docs/running.md"
+README, RUNNING, METRICS = ROOT / "README.md", ROOT / "docs/running.md", ROOT / "docs/metrics.md"
 VARIABLE = re.compile(r"DAGRELAY_[A-Z_]*[A-Z]")
 
 
 def test_every_setting_is_documented_and_no_other():
     sources = [*ROOT.glob("producers/**/*.py"), *ROOT.glob("tasks/**/*.py"), ROOT / "flowerconfig.py"]
     read = {name for path in sources for name in VARIABLE.findall(path.read_text())} - {"DAGRELAY_FLOWER"}
-    told = {name for path in (README, RUNNING) for name in VARIABLE.findall(path.read_text())}
+    told = {name for path in (README, RUNNING, METRICS) for name in VARIABLE.findall(path.read_text())}
     whole = {name.removesuffix("_FILE") for name in read}
     assert len(whole) > 10
     assert not whole - told, "not documented"
@@ -34,6 +34,7 @@ def test_make_targets_in_the_documents_exist():
 
 def test_files_that_the_documents_name_exist():
     """Those under "planned" in docs/design.md are exempt: that is what the word is for."""
-    for path in (README, RUNNING):
-        for name in re.findall(r"`((?:producers|tasks|docs|local|tests)/[\w./-]+\.\w+)`", path.read_text()):
+    ours = r"`((?:producers|tasks|docs|local|tests|deploy)/[\w./-]+\.\w+)`"
+    for path in (README, RUNNING, METRICS):
+        for name in re.findall(ours, path.read_text()):
             assert (ROOT / name).exists(), f"{path.name} names {name}"
