@@ -65,6 +65,10 @@ class Way:
         taken = self.lines.take(AIRFLOW, token, ceiling=self.ceiling, task_id=task_id, want=want)
         return taken, f"{token}.1"
 
+    def take_all(self) -> list[str]:
+        """Take all four slots; return their tokens."""
+        return [self.take()[1] for _ in range(4)]
+
     def give(self, token: str, verdict: Any = "ok", took_s: float = 0.01, **more: Any) -> Any:
         return self.lines.give(AIRFLOW, [(token, verdict, took_s)], fingerprint="f", **more)
 
@@ -121,7 +125,7 @@ def way(either: Valkey) -> Way:
 
 
 def test_no_more_are_in_flight_than_the_ceiling(way):
-    tokens = [way.take()[1] for _ in range(4)]
+    tokens = way.take_all()
 
     taken, _ = way.take()
 
@@ -176,7 +180,7 @@ def test_a_smaller_ceiling_counts_at_once_and_a_larger_one_too(way):
 
 def test_who_gives_a_slot_back_calls_the_next_who_then_has_it(way):
     way.accept("a", "b")
-    tokens = [way.take()[1] for _ in range(4)]
+    tokens = way.take_all()
     assert [way.begin("a"), way.begin("b")] == ["", ""]
     assert way.state.waiting == 2
 
@@ -190,7 +194,7 @@ def test_who_gives_a_slot_back_calls_the_next_who_then_has_it(way):
 
 def test_a_newcomer_does_not_overtake_who_was_called_or_waits(way):
     way.accept("a", "b", "new")
-    tokens = [way.take()[1] for _ in range(4)]
+    tokens = way.take_all()
     way.begin("a"), way.begin("b")
     way.give(tokens[0])
 
@@ -204,7 +208,7 @@ def test_a_newcomer_does_not_overtake_who_was_called_or_waits(way):
 
 def test_the_place_of_one_that_does_not_come_is_given_on(way):
     way.accept("a", "b")
-    token = [way.take()[1] for _ in range(4)][0]
+    token = way.take_all()[0]
     way.begin("a"), way.begin("b")
     way.give(token)
     assert way.sent_on() == ["a"]
@@ -216,9 +220,9 @@ def test_the_place_of_one_that_does_not_come_is_given_on(way):
 
 
 def test_what_is_parked_while_a_slot_becomes_free_is_called_at_once(way):
-    """Between being told that there is none and parking, all slots were given back: nobody else would call."""
+    """Between being told that there is none and parking, all slots were given back: nobody would call."""
     way.accept("a")
-    tokens = [way.take()[1] for _ in range(4)]
+    tokens = way.take_all()
     assert way.take("a")[0].slots == 0
     for token in tokens:
         way.give(token)
@@ -232,7 +236,7 @@ def test_what_is_parked_while_a_slot_becomes_free_is_called_at_once(way):
 def test_a_higher_priority_goes_first_and_age_makes_up_for_it(way):
     way.accept("old", "low", "normal", "high")
     way.redis.hset(record_key("old"), "due_at", time.time() - 3 * PRIORITY_S)
-    tokens = [way.take()[1] for _ in range(4)]
+    tokens = way.take_all()
     for task_id, priority in (("low", 0), ("normal", 5), ("high", 7), ("old", 5)):
         way.take(task_id)
         way.park(task_id, priority)
@@ -248,7 +252,7 @@ def test_a_higher_priority_goes_first_and_age_makes_up_for_it(way):
 
 def test_one_that_was_cancelled_in_the_line_leaves_it_and_holds_nobody_up(way):
     way.accept("a", "b")
-    token = [way.take()[1] for _ in range(4)][0]
+    token = way.take_all()[0]
     way.begin("a"), way.begin("b")
 
     assert way.waits.cancel("a", "tests") == "waiting"
@@ -261,7 +265,7 @@ def test_one_that_was_cancelled_in_the_line_leaves_it_and_holds_nobody_up(way):
 
 def test_one_that_came_back_another_way_keeps_no_place(way):
     way.accept("a", "b")
-    token = [way.take()[1] for _ in range(4)][0]
+    token = way.take_all()[0]
     way.begin("a"), way.begin("b")
     way.waits.wake(["a"])
     store(way.redis, "a", result="{}", result_ttl_s=9, state="done", found={})
@@ -287,7 +291,7 @@ def test_what_waits_in_line_leaves_what_it_was_told_for_when_it_comes_back(way):
 
 def test_a_thread_that_waits_goes_before_all_tasks_and_hears_of_its_slot(way):
     way.accept("a")
-    tokens = [way.take()[1] for _ in range(4)]
+    tokens = way.take_all()
     way.begin("a")
     way.lines.join(AIRFLOW, "thread.1")
     assert not way.redis.exists(granted_key("thread.1"))
@@ -301,7 +305,7 @@ def test_a_thread_that_waits_goes_before_all_tasks_and_hears_of_its_slot(way):
 
 
 def test_a_thread_that_waits_no_longer_is_given_nothing(way):
-    token = [way.take()[1] for _ in range(4)][0]
+    token = way.take_all()[0]
     way.lines.join(AIRFLOW, "thread.1")
     way.lines.leave(AIRFLOW, "thread.1")
 
@@ -314,7 +318,7 @@ def test_a_thread_that_waits_no_longer_is_given_nothing(way):
 
 
 def test_a_timeout_halves_the_limit_once_for_all_that_were_in_flight_with_it(way):
-    tokens = [way.take()[1] for _ in range(4)]
+    tokens = way.take_all()
     for token in tokens:
         way.give(token, "strained", 5.0)
 
@@ -493,7 +497,7 @@ def test_an_operators_hold_outlasts_a_probe_and_a_release_has_a_dead_airflow_ask
 
 def test_who_sends_many_is_told_to_stop_and_for_whom(way):
     way.accept("a", "b")
-    taken, token = way.take(want=4)
+    _, token = way.take(want=4)
     way.begin("a"), way.begin("b")
 
     first = way.lines.give(
@@ -513,8 +517,8 @@ def test_who_sends_many_is_told_to_stop_and_for_whom(way):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_whatever_happens_the_limit_holds_and_all_have_their_turn(way, seed):
-    """Workers that take, give, die, are slow, are cut off; in the end everybody has had a slot, and is gone."""
-    chance = random.Random(seed)
+    """Workers take, give, die, are slow, are cut off; in the end everybody has had a slot, and is gone."""
+    chance = random.Random(seed)  # noqa: S311
     everybody = [f"t{number}" for number in range(30)]
     way.accept(*everybody)
     queue, at_work, ended = list(everybody), {}, set()
