@@ -17,6 +17,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
 
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
@@ -137,11 +138,16 @@ class RelayTask(Task[Any, Any]):
     def retry(self, *, countdown: float, exc: Exception | None = None, **options: Any) -> Retry:
         """Publish the next attempt, due in `countdown` seconds, and return the exception to raise.
 
+        Its instant is by Redis' clock, which decides when it is due: this machine's may be wrong by a minute.
         Raises NotHandedOver when Redis does not take it.
         """
         self.request.next_in_s = countdown
+        eta = None
+        if countdown > 0:
+            seconds, microseconds = store_client().time()
+            eta = datetime.fromtimestamp(seconds + microseconds / 1e6 + countdown, UTC)
         try:
-            return super().retry(countdown=countdown, exc=exc, throw=False, **options)
+            return super().retry(countdown=None if eta else 0, eta=eta, exc=exc, throw=False, **options)
         except Reject as exc:
             raise NotHandedOver(f"the retry of {self.request.id} could not be published: {exc}") from exc
 
