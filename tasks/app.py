@@ -36,7 +36,7 @@ from producers.errors import ConfigurationError, DagrelayError
 from producers.stores.records import Records
 from producers.stores.waits import Waits
 
-from . import logs, tracing, waiting
+from . import logs, metrics, tracing, waiting
 from .event_batches import EventBatches, tell
 from .redis_transport import Channel, Why
 from .redis_transport import worker as redis_transport_worker
@@ -120,6 +120,7 @@ class RelayTask(Task[Any, Any]):
         try:
             return self.run(*args, **kwargs)
         except RedisError as exc:
+            metrics.count_redis_error("task")
             raise NotHandedOver(f"Redis: {exc}") from exc
 
     def shown(self, args: Any, kwargs: Any, task_id: str) -> str:

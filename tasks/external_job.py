@@ -46,7 +46,7 @@ from producers.errors import (
 from producers.stores.envelope import item_of
 from producers.stores.records import Record, record_key
 
-from . import job_answers, tracing
+from . import job_answers, metrics, tracing
 from .again import backoff_s, leave_newer, on_record, redis_now, retry
 from .app import RelayRequest, RelayTask, app, backend, records, store_client, waits
 from .http import HttpRequest, HttpResponse, NoAnswer
@@ -363,7 +363,7 @@ def send(job: Job, request: HttpRequest) -> HttpResponse:
 def send_to(service: Service, request: HttpRequest) -> HttpResponse:
     """Send once. Raises ServiceUnavailable, which says whether it may have reached the service."""
     try:
-        return service_sender(service).send(request)
+        return metrics.call_service(service.id, service_sender(service).send, request)
     except NoAnswer as exc:
         raise ServiceUnavailable(exc.reason, None, exc.reached) from exc
 
@@ -413,7 +413,8 @@ def look_once(job: Job) -> Observed:
         job.message, job.service, job.task_id, job_id=job.job_id, reference=None, seen=job.record.seen
     )
     try:
-        return read_look(look, service_sender(job.service).send(look.request))
+        send = service_sender(job.service).send
+        return read_look(look, metrics.call_service(job.service.id, send, look.request))
     except NoAnswer as exc:
         return no_answer(exc.reason)
 

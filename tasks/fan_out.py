@@ -65,6 +65,7 @@ from producers.stores.fan_outs import (
 from producers.stores.lines import PRIORITY_S, ahead_s
 from producers.stores.waits import CANCELLED, PARKED
 
+from . import metrics
 from .again import redelivered
 from .airflow.answers import TokenRefused, as_dag_run
 from .airflow.client import ApiModule
@@ -358,12 +359,15 @@ def _sender(connection: AirflowConnection) -> ManySender:
 
 async def _post(sender: ManySender, job: _Job) -> HttpResponse | NoAnswer:
     job.begun = True
+    began = time.perf_counter()
     try:
         job.answer = await sender.send(job.post)
     except NoAnswer as exc:
         job.answer = exc
     except Exception as exc:  # noqa: BLE001 - the others' answers count all the same
         job.answer = NoAnswer(said(exc), True)
+    took_s = time.perf_counter() - began
+    metrics.observe_request(job.request.connection, "trigger", took_s, metrics.status_of(job.answer))
     return job.answer
 
 
@@ -393,11 +397,12 @@ def start_some(
     known: set[str] = set()
     posted: set[str] = set()
     waiting: ManyTurns | None = None
+    name = ""
 
     def hand_on() -> None:
         known.update(task_id for task_id, _ in made)
         known.update(one.task_id for one in left)
-        _hand_on(store, fan_out_id, index, made, left, again=again)
+        _hand_on(store, fan_out_id, index, name, made, left, again=again)
         log.info(
             "chunk begun fan_out=%s index=%d started=%d left=%d", fan_out_id, index, len(made), len(left)
         )
@@ -462,6 +467,7 @@ def _hand_on(
     store: FanOuts,
     fan_out_id: str,
     index: int,
+    connection: str,
     made: Sequence[tuple[str, str]],
     left: Sequence[_Left],
     *,
@@ -475,7 +481,8 @@ def _hand_on(
         store.leave(fan_out_id, index, QUEUE_TRIGGERS, [(one.task_id, _message(one)) for one in left])
         _cancel_too([one.task_id for one in left], store.stopped(fan_out_id))  # meanwhile
     if made:
-        store.end_items(made, result_ttl_s=settings().result_ttl_s, date_done=app.now().isoformat())
+        ended = store.end_items(made, result_ttl_s=settings().result_ttl_s, date_done=app.now().isoformat())
+        metrics.count_trigger(connection, "started", amount=ended)
 
 
 def _grouped(items: Sequence[tuple[str, dict[str, Any]]], left: list[_Left]) -> dict[str, list[_Wanted]]:

@@ -16,6 +16,7 @@ from celery.utils.log import get_logger
 from producers.errors import DagrelayError
 from producers.stores.waits import Claimed, Seen
 
+from . import metrics
 from .app import said
 from .http import NoAnswer, reset_after_fork
 from .http_many import ManySender, in_loop
@@ -145,7 +146,8 @@ class JobFollower:
             end = Observed("unreadable", words=said(exc), field="job_id")
             return ended(claimed, end)
         try:
-            observed = read_look(look, await self._sender.send(look.request))
+            answer = await metrics.look_at_service(self.service.id, self._sender.send, look.request)
+            observed = read_look(look, answer)
         except NoAnswer as exc:
             observed = no_answer(exc.reason)
         waited_s = now - float(since) if since else 0.0

@@ -18,8 +18,10 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Final, Protocol
 
 from celery import bootsteps
@@ -27,8 +29,10 @@ from celery.utils.log import get_logger
 from redis.exceptions import OutOfMemoryError, RedisError
 
 from producers.contract import POLL_EXTERNAL_JOB, QUEUE_LOOKS, TRIGGER_DAG
+from producers.stores.readings import LOOK_GROUPS
 from producers.stores.waits import Claimed, Seen, Waits
 
+from . import metrics
 from .app import RelayTask, app, store_client
 from .http import reset_after_fork
 from .settings import settings
@@ -123,6 +127,7 @@ class Reporter:
                     self._write(group, token, all_seen)
                 except (RedisError, OSError) as exc:
                     # Nothing is lost: their lease runs out, and they are looked at again.
+                    metrics.count_redis_error("looks")
                     log.warning("what %d looks saw is not written group=%s: %s", len(all_seen), group, exc)
                 except Exception:
                     log.exception("what %d looks saw is not written group=%s", len(all_seen), group)
@@ -130,10 +135,14 @@ class Reporter:
     def _write(self, group: str, token: str, seen: list[Seen]) -> None:
         waits = Waits(store_client())
         for part in parts_of(seen):
+            saw: Counter[str] = Counter()
             for one, counted in zip(part, waits.report(group, token, part), strict=True):
+                saw[one.verb if counted else "late"] += 1
                 if counted and one.verb == "changed" and one.shown:
                     name = TRIGGER_DAG if group.startswith("airflow:") else POLL_EXTERNAL_JOB
                     show_waiting(one.task_id, name, one.first, one.second)
+            for what, count in saw.items():
+                metrics.count_looks(group, what, count)
 
 
 def parts_of(seen: Sequence[Seen]) -> Iterator[list[Seen]]:
@@ -165,6 +174,9 @@ class _Batch:
         with self._changed:
             self._open += len(claimed)
         now = float(token) - follower.lease_s
+        if metrics.tally is not None:
+            for one in claimed:
+                metrics.observe_look(follower.group, one.late_s)
 
         def done(seen: list[Seen]) -> None:
             reporter.put(follower.group, token, seen)
@@ -341,6 +353,10 @@ class Watch(bootsteps.StartStopStep):
         self._hub = consumer.hub
         self._serves = QUEUE_LOOKS in {queue.name for queue in consumer.task_consumer.queues}
         if self._hub is not None and self._serves:
+            groups = [follower.group for follower in followers()]
+            with suppress(RedisError):  # it is for those only who want to know how late looks are
+                if groups:
+                    store_client().sadd(LOOK_GROUPS, *groups)
             Watch._running = self
             self.ask_in(PAUSE_S)
 
@@ -392,6 +408,7 @@ def next_ask() -> float:
             threading.Thread(target=_look_without_message, name="dagrelay-looks-full", daemon=True).start()
         return IDLE_S
     except Exception as exc:  # noqa: BLE001 - Redis is away, or the publish failed: asked again in a second
+        metrics.count_redis_error("looks")
         log.warning("not known which looks are due: %s", exc)
         return IDLE_S
 

@@ -28,7 +28,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -500,6 +500,32 @@ def measured(connection: str, send: Send) -> Send:
         return answer
 
     return noted
+
+
+def call_service(service: str, send: Send, request: HttpRequest) -> HttpResponse:
+    """Send one request to an outside service, and note it."""
+    began = time.perf_counter()
+    try:
+        answer = send(request)
+    except NoAnswer as exc:
+        observe_service_request(service, "call", time.perf_counter() - began, status_of(exc))
+        raise
+    observe_service_request(service, "call", time.perf_counter() - began, status_of(answer))
+    return answer
+
+
+async def look_at_service(
+    service: str, send: Callable[[HttpRequest], Awaitable[HttpResponse]], request: HttpRequest
+) -> HttpResponse:
+    """Send one request of a look to an outside service, and note it."""
+    began = time.perf_counter()
+    try:
+        answer = await send(request)
+    except NoAnswer as exc:
+        observe_service_request(service, "look", time.perf_counter() - began, status_of(exc))
+        raise
+    observe_service_request(service, "look", time.perf_counter() - began, status_of(answer))
+    return answer
 
 
 def count_end(state: str, result: Any, ended: Ended, message: Any = None, *, corrected: bool = False) -> None:

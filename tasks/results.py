@@ -77,6 +77,7 @@ class RecordedBackend(RedisBackend):
                 # Its message is in Redis already, and that is what counts.
                 log.warning("state not written task_id=%s state=%s: %s", task_id, state, exc)
                 return result
+            metrics.count_redis_error("task")
             raise NotHandedOver(f"the end of {task_id} could not be written: {exc}") from exc
         return result
 
@@ -150,6 +151,7 @@ class RecordedBackend(RedisBackend):
         except Reject:
             raise
         except Exception as exc:
+            metrics.count_redis_error("task")
             raise NotHandedOver(f"the chord of {request.id} could not be told: {exc}") from exc
 
 
