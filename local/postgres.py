@@ -70,7 +70,7 @@ class Postgres:
         return self._process
 
     def uri(self, driver: str) -> str:
-        """SQLAlchemy's URL for "psycopg2" or "asyncpg"; changes with every start."""
+        """SQLAlchemy's URL for "psycopg2" or "asyncpg"; changes with every start after `stop`."""
         if self._socket_dir is None:
             raise RuntimeError("PostgreSQL has no address before start()")
         return f"postgresql+{driver}://postgres@/postgres?host={quote(str(self._socket_dir))}"
@@ -82,7 +82,7 @@ class Postgres:
         if not (self.data / "PG_VERSION").exists():
             self._initdb()
         self._remove_stale_pid_file()
-        self._socket_dir = self._make_socket_dir()
+        self._socket_dir = self._socket_dir or self._make_socket_dir()
         argv: list[str | Path] = [binaries() / "postgres", "-D", self.data, "-h", "", "-k", self._socket_dir]
         for name, value in SETTINGS.items():
             argv += ["-c", f"{name}={value}"]
@@ -103,11 +103,15 @@ class Postgres:
             raise
         self._process = process
 
-    def stop(self) -> None:
-        """End it in good order. Does nothing if it does not run."""
+    def halt(self) -> None:
+        """End it in good order, to be started again at the same address. Does nothing if it does not run."""
         if self._process is not None:
             self._process.stop()
             self._process = None
+
+    def stop(self) -> None:
+        """End it in good order. Does nothing if it does not run."""
+        self.halt()
         if self._socket_dir is not None:
             shutil.rmtree(self._socket_dir, ignore_errors=True)
             self._socket_dir = None

@@ -20,6 +20,7 @@ from redis import Redis
 from local.airflow import Airflow, set_password
 from local.process import ROOT, clean_env, secret_file
 from local.valkey import Valkey
+from tests.accounting import one_end_each
 from tests.system.proxy import Proxy
 from tests.worker import Worker
 
@@ -89,6 +90,17 @@ class AirflowUnderTest(Airflow):
                 assert len(found) == len(set(found))
                 return set(found)
 
+    def runs(self, dag_id: str) -> list[dict[str, Any]]:
+        """All runs of a DAG, whole."""
+        found: list[dict[str, Any]] = []
+        while True:
+            asked = {"dag_ids": [dag_id], "page_limit": 1000, "page_offset": len(found)}
+            status, page = self.api("POST", "/dags/~/dagRuns/list", asked)
+            assert status == 200, (status, page)
+            found += page["dag_runs"]
+            if not page["dag_runs"] or len(found) >= page["total_entries"]:
+                return found
+
     def returned(self, dag_id: str, run_id: str, task_id: str) -> Any:
         """What a task of a run returned."""
         way = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/xcomEntries/return_value"
@@ -115,6 +127,21 @@ class AirflowUnderTest(Airflow):
         finally:
             for pid in pids:
                 os.kill(pid, signal.SIGCONT)
+
+    @contextmanager
+    def without_database(self) -> Iterator[None]:
+        """Have the API go on without its PostgreSQL; afterwards that is there again, as it was."""
+        others = [name for name in self.processes if name != "api"]
+        for name in others:  # they would end by themselves
+            self.stop_component(name)
+        self.postgres.halt()
+        try:
+            yield
+        finally:
+            self.postgres.start()
+            for name in [*others, "api"]:
+                self.start_component(name)
+            self.wait_healthy()
 
     def tries(self, dag_id: str, run_id: str, task_id: str) -> int:
         """How many times a task of a run was started."""
@@ -232,6 +259,10 @@ class Stack:
         done = self.dagrelay("status", "-o", "json", task_id)
         assert done.returncode == 0, done.stderr
         return dict(json.loads(done.stdout))
+
+    def account(self, ids: Iterable[str], dag_id: str) -> None:
+        """Fail unless each of these accepted requests for a DAG has come to exactly one end."""
+        one_end_each(self.valkey.url, ids, self.airflow.runs(dag_id))
 
     def record(self, task_id: str) -> dict[str, Any]:
         """The record of a request as it lies in Redis: cheaper than `status`, for polling."""
