@@ -24,9 +24,9 @@ COPY tasks/ tasks/
 # A number, so that a cluster can see that it is not root. It owns nothing here: the code is read-only to it.
 USER 10001:10001
 
-# For the worker; Flower has its own in docker-compose.yml. Starting Python costs about a second of CPU, hence
-# not more often. HOSTNAME is set by the engine, and Celery names a worker celery@<host>.
-HEALTHCHECK --interval=60s --timeout=20s --start-period=30s --retries=3 \
-  CMD ["sh", "-c", "exec celery -A tasks inspect ping --timeout 10 --destination celery@$HOSTNAME"]
+# For the worker; Flower has its own in docker-compose.yml. It reads the heartbeat that the worker's event loop
+# writes, and asks no Redis: 0.3 s of CPU.
+HEALTHCHECK --interval=30s --timeout=10s --start-period=30s --retries=3 \
+  CMD ["python", "-m", "producers.cli", "health", "--live"]
 
 CMD ["celery", "-A", "tasks", "worker"]

@@ -80,7 +80,7 @@ class Finding:
 @click.option("--look-late", "look_s", type=float, default=60.0, show_default=True, help="Seconds.")
 @click.option("--line-still", "line_s", type=float, default=30.0, show_default=True, help="Seconds.")
 @click.option("--breaker-open", "breaker_s", type=float, default=300.0, show_default=True, help="Seconds.")
-@click.option("--held-for", "held_s", type=float, default=86_400.0, show_default=True, help="Seconds.")
+@click.option("--held-for", "held_s", type=float, default=28_800.0, show_default=True, help="Seconds.")
 @click.option("--fan-out-looks", type=click.IntRange(min=1), default=4, show_default=True, help="In a row.")
 @click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @told

@@ -53,7 +53,7 @@ class Heart(bootsteps.StartStopStep):
         with suppress(OSError):
             for beat in beats.read_all():  # of those that were killed
                 if not beat.process_there:
-                    beats.remove(beat.node)
+                    beats.remove(beat.node, beat.pid)
         self._beat()
         atexit.register(self._end)  # not as this step is stopped: the last tasks may still run
         threading.Thread(target=self._run, name="dagrelay-heart", daemon=True).start()
@@ -74,7 +74,7 @@ class Heart(bootsteps.StartStopStep):
 
     def _end(self) -> None:
         if os.getpid() == self._pid:
-            beats.remove(self._node)
+            beats.remove(self._node, self._pid)
 
     def _run(self) -> None:
         while True:

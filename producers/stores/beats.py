@@ -4,7 +4,7 @@ A worker writes it once a second, as long as its event loop turns (`tasks/beat.p
 nor Celery's remote control, so a probe that reads it says nothing of these: a worker that waits for Redis to
 come back is alive, and to start it again would mend nothing.
 
-The files lie in a folder of the user's own below the temporary one, one for each worker, named as its node.
+The files lie in a folder of the user's own below the temporary one, one for each worker process.
 Instants are those of the machine's monotonic clock, which all of its processes share, and nobody sets.
 """
 
@@ -58,18 +58,18 @@ def folder() -> Path:
     return Path(tempfile.gettempdir()) / f"dagrelay-{os.getuid()}"
 
 
-def path_of(node: str) -> Path:
+def path_of(node: str, pid: int) -> Path:
     """Return the file of a worker."""
-    return folder() / f"{re.sub(r'[^A-Za-z0-9@._-]', '_', node)[:200]}.beat"
+    return folder() / f"{re.sub(r'[^A-Za-z0-9@._-]', '_', node)[:200]}.{pid}.beat"
 
 
 def write(beat: Beat) -> None:
     """Write a heartbeat, whole or not at all. Raises OSError, also where the folder is somebody else's."""
-    path = path_of(beat.node)
+    path = path_of(beat.node, beat.pid)
     path.parent.mkdir(mode=0o700, exist_ok=True)
     if path.parent.is_symlink() or path.parent.stat().st_uid != os.getuid():
         raise PermissionError(f"{path.parent} belongs to somebody else")
-    new = path.with_suffix(f".{beat.pid}")
+    new = path.with_suffix(".new")
     new.write_text(json.dumps(asdict(beat)))
     new.replace(path)
 
@@ -88,10 +88,10 @@ def read_all() -> list[Beat]:
     return found
 
 
-def remove(node: str) -> None:
+def remove(node: str, pid: int) -> None:
     """Take a heartbeat away, at the end of a worker."""
     with suppress(OSError):
-        path_of(node).unlink()
+        path_of(node, pid).unlink()
 
 
 __all__ = ["Beat", "State", "folder", "path_of", "read_all", "remove", "write"]

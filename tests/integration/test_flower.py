@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -296,27 +295,6 @@ def test_without_a_password_flower_ends_at_once_and_says_why(stack):
     assert "DAGRELAY_FLOWER_PASSWORD" in result.stderr
     assert "Traceback" not in result.stderr
     assert REDIS_PASSWORD not in result.stdout + result.stderr
-
-
-def test_the_health_check_of_the_worker_tells_a_living_one_from_a_dead_one(stack):
-    """The command of the Dockerfile, with the worker's host and with another's."""
-    text = re.sub(r"\\\n\s*", " ", (ROOT / "Dockerfile").read_text())
-    (check,) = re.findall(r"^HEALTHCHECK .* CMD (\[.*\])$", text, re.M)
-    sh, option, command = json.loads(check)
-
-    def status(host: str) -> int:
-        return subprocess.run(
-            [sh, option, command],
-            cwd=ROOT,
-            env=clean_env(DAGRELAY_REDIS_URL=stack.redis_url, HOSTNAME=host)
-            | {"PATH": f"{Path(sys.executable).parent}:{clean_env()['PATH']}"},
-            capture_output=True,
-            timeout=START_TIMEOUT_S,
-            check=False,
-        ).returncode
-
-    assert status(socket.gethostname()) == 0
-    assert status("nobody") != 0
 
 
 def test_the_health_check_of_flower_asks_flower(stack):
