@@ -450,10 +450,6 @@ def end(job: Job, seen: End) -> dict[str, Any]:
     outcome = JobOutcome(job.service.id, job.job_id, seen.state, seen.result)
     if job.request.then is not None:
         outcome = replace(outcome, then=trigger_then(job, outcome))
-    log.info(
-        "job done task_id=%s service=%s job_id=%s state=%s",
-        *(job.task_id, job.service.id, job.job_id, seen.state),
-    )
     return outcome.to_message()
 
 

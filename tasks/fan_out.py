@@ -48,6 +48,7 @@ from producers.errors import (
     InvalidRequest,
     RequestCancelled,
 )
+from producers.stores.envelope import trace_of
 from producers.stores.fan_outs import (
     ASKED_BY,
     FAN_OUT,
@@ -65,7 +66,7 @@ from producers.stores.fan_outs import (
 from producers.stores.lines import PRIORITY_S, ahead_s
 from producers.stores.waits import CANCELLED, PARKED
 
-from . import metrics
+from . import logs, metrics
 from .again import redelivered
 from .airflow.answers import TokenRefused, as_dag_run
 from .airflow.client import ApiModule
@@ -322,8 +323,11 @@ class _Job:
     request: TriggerRequest
     run_id: str
     post: HttpRequest
+    asked_at: float
     begun: bool = False
     answer: HttpResponse | NoAnswer | None = None
+    run: str = ""
+    """What was made for it, as JSON."""
 
 
 @dataclass(slots=True)
@@ -392,7 +396,7 @@ def start_some(
     `again`: an earlier worker may have posted them. `until`, by the monotonic clock, is when no more are.
     Returns how many were begun, and for what the chunk is to wait, if any of them has to wait for its turn.
     """
-    made: list[tuple[str, str]] = []
+    made: list[_Job] = []
     left: list[_Left] = []
     known: set[str] = set()
     posted: set[str] = set()
@@ -400,7 +404,7 @@ def start_some(
     name = ""
 
     def hand_on() -> None:
-        known.update(task_id for task_id, _ in made)
+        known.update(job.task_id for job in made)
         known.update(one.task_id for one in left)
         _hand_on(store, fan_out_id, index, name, made, left, again=again)
         log.info(
@@ -447,7 +451,7 @@ def start_some(
         raise
     except Exception as exc:  # noqa: BLE001 - whatever it is, trigger_dag meets it again and decides for each
         log.error("chunk not begun in bulk fan_out=%s index=%d: %s", fan_out_id, index, said(exc))
-        known |= {task_id for task_id, _ in made} | {one.task_id for one in left}
+        known |= {job.task_id for job in made} | {one.task_id for one in left}
         left += [
             _Left(task_id, envelope, said(exc), unsure=task_id in posted)
             for task_id, envelope in items
@@ -468,7 +472,7 @@ def _hand_on(
     fan_out_id: str,
     index: int,
     connection: str,
-    made: Sequence[tuple[str, str]],
+    made: Sequence[_Job],
     left: Sequence[_Left],
     *,
     again: bool,
@@ -481,8 +485,26 @@ def _hand_on(
         store.leave(fan_out_id, index, QUEUE_TRIGGERS, [(one.task_id, _message(one)) for one in left])
         _cancel_too([one.task_id for one in left], store.stopped(fan_out_id))  # meanwhile
     if made:
-        ended = store.end_items(made, result_ttl_s=settings().result_ttl_s, date_done=app.now().isoformat())
+        runs = [(job.task_id, job.run) for job in made]
+        ended = store.end_items(runs, result_ttl_s=settings().result_ttl_s, date_done=app.now().isoformat())
         metrics.count_trigger(connection, "started", amount=ended)
+        logs.outcomes(_told_of(job, connection) for job in made)
+
+
+def _told_of(job: _Job, connection: str) -> dict[str, Any]:
+    """Return the fields of the line that says that a run was started."""
+    trace = trace_of(job.envelope["headers"])
+    return {
+        "task_id": job.task_id,
+        "dag_id": job.request.dag_id,
+        "run_id": job.run_id,
+        "connection": connection,
+        "key": job.request.key,
+        "outcome": "started",
+        "attempts": 1,
+        "age_s": round(time.time() - job.asked_at, 3),
+        "trace_id": trace.trace_id if trace is not None else None,
+    }
 
 
 def _grouped(items: Sequence[tuple[str, dict[str, Any]]], left: list[_Left]) -> dict[str, list[_Wanted]]:
@@ -510,13 +532,15 @@ def _jobs(
     for one in wanted:
         run_id = one.request.run_id_for(one.task_id)
         try:
-            note = note_for(one.request, one.task_id, Asked.from_message(one.asked, otherwise_at=now))
+            asked, trace = Asked.from_message(one.asked, otherwise_at=now), trace_of(one.envelope["headers"])
+            note = note_for(one.request, one.task_id, asked, trace)
             post = api.create_run(one.request, run_id, note)
         except DagrelayError:
             left.append(_Left(one.task_id, one.envelope))
             continue
-        post = HttpRequest(post.method, post.path, {**post.headers, **headers}, post.body, post.timeout_s)
-        jobs.append(_Job(one.task_id, one.envelope, one.request, run_id, post))
+        sent = {**post.headers, **headers, **(trace.headers() if trace is not None else {})}
+        post = HttpRequest(post.method, post.path, sent, post.body, post.timeout_s)
+        jobs.append(_Job(one.task_id, one.envelope, one.request, run_id, post, asked.at))
     return jobs
 
 
@@ -533,7 +557,7 @@ def _read(
     connection: AirflowConnection,
     job: _Job,
     answer: HttpResponse | NoAnswer,
-    made: list[tuple[str, str]],
+    made: list[_Job],
     left: list[_Left],
 ) -> None:
     """Decide about one answer: a run that was made, or a request that leaves."""
@@ -558,7 +582,8 @@ def _read(
     if job.request.wait:
         left.append(_Left(job.task_id, job.envelope, run=run))
     else:
-        made.append((job.task_id, _as_json(run)))
+        job.run = _as_json(run)
+        made.append(job)
 
 
 _as_json = json.JSONEncoder(separators=(",", ":")).encode

@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from types import TracebackType
@@ -28,6 +28,7 @@ from typing import Any, Final, Literal, TextIO
 
 from celery.app import trace as celery_trace
 from celery.apps import worker as celery_worker
+from celery.exceptions import CPendingDeprecationWarning
 from celery.worker.consumer import consumer as celery_consumer
 
 from producers.contract import POLL_EXTERNAL_JOB, TRIGGER_DAG
@@ -77,6 +78,8 @@ def _install(root: logging.Logger, form: Format, stream: TextIO) -> None:
     logging.raiseExceptions = False  # an error in logging would be told with the values of the record
     root.addHandler(_Handler(stream, form))
     logging.captureWarnings(True)
+    # Ten lines at each lost connection, of a setting that we have made.
+    warnings.filterwarnings("ignore", category=CPendingDeprecationWarning)
     warnings.formatwarning = _one_line
     sys.excepthook = _not_caught
     threading.excepthook = _not_caught_in_a_thread
@@ -120,11 +123,26 @@ def outcome(task_id: str, state: State, ended: Ended, result: Any, *, correct: b
         service=ended.service or None,
         job_id=ended.job_id or None,
         outcome=how,
+        state=known.get("state"),
         error=error,
         attempts=int(ended.attempts) if ended.attempts.isdecimal() else None,
         age_s=float(ended.age_s) if ended.age_s else None,
         reason=str(error_from(str(error), list(known["exc_message"]))) if error and ours else None,
     )
+
+
+def outcomes(many: Iterable[Fields]) -> None:
+    """Log requests that ended in bulk: a line for each as `outcome` writes it, all written at once."""
+    if not log.isEnabledFor(logging.INFO):
+        return
+    records = []
+    for fields in many:
+        record = logging.LogRecord(log.name, logging.INFO, __file__, 0, "request done", (), None)
+        record.fields = fields
+        records.append(record)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _Handler):
+            handler.emit_all(records)
 
 
 def words_of(exc: BaseException) -> str:
@@ -152,6 +170,13 @@ class _Handler(logging.StreamHandler[TextIO]):
             self.setFormatter(Json())
         else:
             self.setFormatter(Logfmt(below=stream.isatty()))
+
+    def emit_all(self, records: Iterable[logging.LogRecord]) -> None:
+        """Write many lines at once."""
+        lines = "".join(f"{self.format(record)}\n" for record in records)
+        with self.lock:
+            self.stream.write(lines)
+            self.flush()
 
 
 class Logfmt(logging.Formatter):
@@ -270,9 +295,10 @@ def _parts(record: logging.LogRecord) -> Iterator[Part]:
             yield record.getMessage()
         except Exception:  # noqa: BLE001 - whatever a library's values do
             yield str(record.msg)
-    for name, value in getattr(record, "fields", {}).items():
+    given: Fields = getattr(record, "fields", {})
+    for name, value in given.items():
         yield name, value[:MAX_FIELD] if isinstance(value, str) else value
-    if trace_id := tracing.trace_id():
+    if "trace_id" not in given and (trace_id := tracing.trace_id()):
         yield "trace_id", trace_id
     if trace and isinstance(trace, tuple) and trace[1] is not None:
         yield "traceback", "".join(_traceback(trace[1], trace[2]))[-MAX_TRACEBACK:].rstrip()

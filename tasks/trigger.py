@@ -44,8 +44,10 @@ from producers.errors import (
     RunConflict,
     RunExists,
 )
+from producers.stores.envelope import Trace
 from producers.stores.records import Record
 
+from . import tracing
 from .again import BACKOFF_CAP_S as BACKOFF_CAP_S
 from .again import NEWER_RETRY_S as NEWER_RETRY_S
 from .again import backoff_s, leave_newer, on_record, redelivered, redis_now
@@ -170,7 +172,9 @@ def trigger_dag(self: Any, *before: Any, **message: Any) -> dict[str, Any]:
         if so_far.age_s + wait_s < request.give_up_after_s:
             raise _retry(self, exc, wait_s) from exc
         run = _give_up(request, run_id, task_id, turn, unsure=so_far.unsure, reason=exc.reason)
-    log.info(
+    if not request.wait:
+        return run.to_message()
+    log.info(  # without a wait this is the outcome, which is logged as it is written
         "run %s task_id=%s dag_id=%s run_id=%s connection=%s key=%s attempt=%d",
         "started" if run.created else "cleared" if run.cleared else "exists",
         task_id,
@@ -180,8 +184,6 @@ def trigger_dag(self: Any, *before: Any, **message: Any) -> dict[str, Any]:
         request.key,
         (found.attempts if found else 0) + 1,
     )
-    if not request.wait:
-        return run.to_message()
     with turn as airflow:
         return _when_ended(self, request, run, turn, airflow)
 
@@ -361,7 +363,6 @@ def settle_outcome(
     if view is not None:
         run = as_dag_run(view, known, created=names(view.note, task_id))
         backend().correct(task_id, run.to_message())
-        log.info("unknown outcome corrected task_id=%s dag_id=%s run_id=%s", task_id, dag_id, dag_run_id)
     elif datetime.now(UTC).timestamp() < until:
         raise self.retry(countdown=settings().look_up_every_s)
     else:
@@ -377,7 +378,8 @@ def start_run(request: TriggerRequest, *, task_id: str, asked: Asked, airflow: A
     """
     run_id = request.run_id_for(task_id)
     try:
-        view = airflow.create_dag_run(request, run_id, note_for(request, task_id, asked))
+        note = note_for(request, task_id, asked, tracing.current())
+        view = airflow.create_dag_run(request, run_id, note)
     except DagRunExists:
         existing = airflow.get_dag_run(request.dag_id, run_id)
         if existing is not None:
@@ -459,8 +461,9 @@ def clear_once(existing: RunView, *, task_id: str, airflow: Airflow) -> DagRun:
     return as_dag_run(now, airflow.connection, created=False, cleared=True)
 
 
-def note_for(request: TriggerRequest, task_id: str, asked: Asked) -> str:
-    """Return the run's note: who asked for it, with which key, by which task, when; then the caller's own.
+def note_for(request: TriggerRequest, task_id: str, asked: Asked, trace: Trace | None = None) -> str:
+    """Return the run's note: by which task, when, who asked for it, with which key, in which trace; then the
+    caller's own.
 
     Provenance only: anyone may edit a note, and Airflow's CLI cannot set one.
     """
@@ -470,7 +473,9 @@ def note_for(request: TriggerRequest, task_id: str, asked: Asked) -> str:
         ours += f" by={_one_word(asked.by)[:80]}"
     if request.key:
         ours += f" key={_one_word(request.key)[:80]}"
-    return f"{ours[:300]}\n\n{request.note}" if request.note else ours[:300]
+    traced = f" traceparent={trace.traceparent}" if trace is not None else ""
+    ours = ours[: 300 - len(traced)] + traced  # half a trace would be none
+    return f"{ours}\n\n{request.note}" if request.note else ours
 
 
 def names(note: str | None, task_id: str) -> bool:

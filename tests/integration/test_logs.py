@@ -136,15 +136,18 @@ def test_by_default_it_is_key_value_and_says_the_same(relay, airflow, start_work
         service.end("job-1")
         relay.handle(ids["job"]).get(timeout=30)
         until(lambda: "tests.raise_value" in worker.text() and "tasks.trigger_dags" in worker.text())
+        until(lambda: bool(lines_of(worker, ids["job"])))  # it is logged after the result can be read
 
     (done,) = lines_of(worker, ids["done"])
     assert " INFO dagrelay.outcome request done " in done
-    assert r' connection=default key="a key=\"quoted\" größe" outcome=started attempts=1 ' in done
+    assert (
+        r' connection=default key="a key=\"quoted\" größe" outcome=started state=queued attempts=1 ' in done
+    )
     (rejected,) = lines_of(worker, ids["rejected"])
     assert " WARNING dagrelay.outcome request failed " in rejected
     assert " outcome=failed error=RequestRejected attempts=1 " in rejected
     (job,) = lines_of(worker, ids["job"])
-    assert f"task_id={ids['job']} service=train job_id=job-1 outcome=done attempts=" in job
+    assert f"task_id={ids['job']} service=train job_id=job-1 outcome=done state=succeeded attempts=" in job
     (failure,) = [line for line in worker.text().splitlines() if "task=tests.raise_value" in line]
     assert failure.endswith('\\nValueError"')  # its traceback is in the same line
     for secret in (CANARY, airflow.password, service.token):

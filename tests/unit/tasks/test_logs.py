@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import pytest
 from celery.app import trace as celery_trace
+from celery.exceptions import CPendingDeprecationWarning
 from celery.worker.consumer import consumer as celery_consumer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -375,6 +376,7 @@ def test_an_outcome_has_its_request_and_how_it_ended(outcomes):
         "connection": "eu",
         "key": "k",
         "outcome": "started",
+        "state": "queued",
         "attempts": 2,
         "age_s": 1.25,
     }
@@ -418,6 +420,43 @@ def test_a_job_has_its_service_and_its_id(outcomes):
     assert SECRET not in json.dumps(found)
 
 
+@pytest.mark.parametrize("form", ["logfmt", "json"])
+def test_what_ended_in_bulk_is_a_line_each_with_its_own_trace(whole_process, form):
+    logs.set_up(logging.INFO, form, whole_process)
+    logs.outcomes(
+        {"task_id": f"t.{n}", "key": None, "outcome": "started", "trace_id": n and PARENT[3:35]}
+        for n in range(3)
+    )
+    whole_process.flush()
+
+    first, *lines = whole_process.buffer.getvalue().decode().splitlines()  # type: ignore[attr-defined]
+    assert len(lines) == 2
+    if form == "json":
+        assert (
+            json.loads(lines[1]).items()
+            >= {
+                "logger": "dagrelay.outcome",
+                "message": "request done",
+                "task_id": "t.2",
+                "outcome": "started",
+                "trace_id": PARENT[3:35],
+            }.items()
+        )
+    else:
+        assert lines[1].endswith(
+            f"INFO dagrelay.outcome request done task_id=t.2 outcome=started trace_id={PARENT[3:35]}"
+        )
+    assert "t.0" in first
+
+
+def test_nothing_is_written_in_bulk_where_nobody_wants_it(whole_process):
+    logs.set_up(logging.WARNING, "json", whole_process)
+    logs.outcomes({"task_id": f"t.{n}"} for n in range(3))
+    whole_process.flush()
+
+    assert whole_process.buffer.getvalue() == b""  # type: ignore[attr-defined]
+
+
 def test_a_workers_own_task_is_no_outcome(json_log, monkeypatch):
     monkeypatch.setattr(logs.told, "__kwdefaults__", {"logger": json_log()})
     logs.outcome("t-1.0", "done", ENDED._replace(task="tasks.trigger_chunk"), None)
@@ -430,6 +469,7 @@ def whole_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.TextIOWrapper]
     """A stream to which this process logs, as a worker does; all is as it was afterwards."""
     root = logging.getLogger()
     kept = root.handlers[:], root.level, sys.excepthook, threading.excepthook, warnings.formatwarning
+    monkeypatch.setattr(warnings, "filters", warnings.filters[:])
     levels = {name: logging.getLogger(name).level for name in ("celery.worker.strategy", "celery.app.trace")}
     monkeypatch.setattr(logging, "raiseExceptions", True)
     monkeypatch.setattr("celery.apps.worker.safe_say", print)
@@ -450,6 +490,7 @@ def test_all_that_a_process_says_is_json(whole_process):
     logging.getLogger("dagrelay.x").info("größe key=%s", "\udc80\u20ac")
     logging.getLogger("celery.app.trace").info("succeeded")  # said by the outcome
     warnings.warn("be warned", UserWarning, stacklevel=1)
+    warnings.warn("of Celery's, at each lost connection", CPendingDeprecationWarning, stacklevel=1)
     thread = threading.Thread(target=raise_with_values, name="t1")
     thread.start()
     thread.join()

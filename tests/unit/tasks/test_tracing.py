@@ -14,9 +14,11 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from producers.contract import Asked, TriggerRequest
 from producers.errors import DagNotFound
 from producers.stores.envelope import Trace
 from tasks import tracing
+from tasks.trigger import names, note_for
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 SECRET = "kanarienvogel-7f3a"
@@ -165,3 +167,15 @@ def test_a_span_of_somebody_elses_is_taken_where_the_message_has_none(spans):
 )
 def test_a_message_that_goes_on_keeps_its_trace_and_no_other_header(headers, found):
     assert tracing.headers_of(SimpleNamespace(headers=headers)) == found
+
+
+def test_a_note_names_the_trace_whole_whatever_else_is_in_it():
+    request = TriggerRequest("d", key="k" * 200, note="by hand " * 80)
+    note = note_for(request, "t" * 60, Asked(at=0.0, by="b" * 100), Trace(PARENT, "rojo=1"))
+
+    ours, _, theirs = note.partition("\n\n")
+    assert ours.endswith(f" traceparent={PARENT}")
+    assert len(ours) == 300
+    assert theirs == request.note
+    assert names(note, "t" * 60)
+    assert "rojo" not in note
