@@ -78,6 +78,9 @@ MAX_MULTIPLIED: Final = 4096
 
 MAX_FAN_OUT: Final = 50_000
 
+MAX_ACTIVE_RUNS: Final = "max_active_runs"
+"""The window that is as large as the DAG's own limit."""
+
 
 _RUN_ID = re.compile(r"[A-Za-z0-9_.~:+-]+\Z")
 # Airflow's own prefixes: the API answers 400 to a run id that begins with one of them.
@@ -297,9 +300,27 @@ def _from_number(value: Any) -> Any:
     return value
 
 
+def window_problem(value: Any) -> str:
+    """Return what is wrong with a window, or ""."""
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if whole or (isinstance(value, str) and value == MAX_ACTIVE_RUNS):
+        return ""
+    return f"is neither a whole number of 1 or more nor the word {MAX_ACTIVE_RUNS!r}"
+
+
+def _window(value: Any) -> Any:
+    if value is None:
+        return None
+    if problem := window_problem(value):
+        raise ValueError(problem)
+    return value
+
+
 Text = Annotated[str, AfterValidator(_text)]
 Instant = Annotated[AwareDatetime, BeforeValidator(_from_iso)]
 IfExists = Literal["reuse", "fail", "clear", "skip"]
+IfPaused = Literal["trigger", "hold", "fail", "unpause"]
+Window = int | Literal["max_active_runs"]
 
 
 class TriggerRequest(_Request):
@@ -329,9 +350,20 @@ class TriggerRequest(_Request):
         ``reuse`` it (the default), ``fail`` with `RunExists`, ``clear`` it so that a finished run runs
         again (one that is still queued or running is left alone), or ``skip``: ask no questions, even
         if its conf differs. A run with another conf is a `RunConflict` for all but ``skip``.
+    if_paused
+        What to do while the DAG is paused: ``trigger`` all the same, as Airflow does (the default: the run is
+        made, and sits queued until the DAG is unpaused), ``hold`` the request until then, ``fail`` with
+        `DagPaused`, or ``unpause`` the DAG, which needs a role that may.
+    window
+        Hand the run over only while fewer than so many runs of the DAG are queued or running in Airflow,
+        whoever made them; ``"max_active_runs"`` for as many as the DAG itself may have. The request waits in
+        Redis for a free place. None (the default) is what the connection says, which is no window unless
+        its extra `window` is set. What Airflow's scheduler starts in the meantime is not prevented.
     give_up_after_s
-        How long to go on trying, in seconds from the time it is due; time during which the connection
-        is held does not count. Default 24 h.
+        How long to go on trying, in seconds from the time it is due; time during which the connection is
+        held does not count, nor the time for which ``if_paused="hold"`` waits for its DAG. The time that it
+        waits for a place in its `window` does: what is not handed over in time may not be wanted any more.
+        Default 24 h.
     priority
         From 0 to 9, higher first, among the requests that wait for their turn at the same Airflow. Each step
         is worth a minute of waiting, so that none waits for ever. Default 5.
@@ -363,6 +395,14 @@ class TriggerRequest(_Request):
     note: Annotated[Text, Field(max_length=MAX_NOTE_LENGTH)] | None = None
     connection: Annotated[str, Field(min_length=1, max_length=100), AfterValidator(_connection)] = "default"
     if_exists: IfExists = "reuse"
+    if_paused: IfPaused = "trigger"
+    window: Annotated[
+        Window | None,
+        PlainValidator(_window),
+        WithJsonSchema(
+            {"anyOf": [{"type": "integer", "minimum": 1}, {"const": MAX_ACTIVE_RUNS}, {"type": "null"}]}
+        ),
+    ] = None
     give_up_after_s: Annotated[float, BeforeValidator(_from_number), Field(gt=0, allow_inf_nan=False)] = (
         GIVE_UP_AFTER_S
     )
@@ -425,6 +465,8 @@ class TriggerRequest(_Request):
             "run_after",
             "connection",
             "if_exists",
+            "if_paused",
+            "window",
             "priority",
             "wait",
             "result_from",

@@ -33,6 +33,7 @@ the very class that the worker raised.
         ├── RequestRejected       Airflow refused it for good, in its own words
         │   ├── DagNotFound       no such DAG, for longer than a redeploy takes
         │   └── DagBroken         the DAG's file has import errors, for longer than a redeploy takes
+        ├── DagPaused             the DAG is paused, and the request said if_paused="fail"
         ├── RunConflict           the run id is taken by a run with another conf or logical date
         ├── RunExists             the run exists, and the request said if_exists="fail"
         ├── LogicalDateTaken      another run of the DAG has this logical date
@@ -350,6 +351,20 @@ class DagBroken(RequestRejected):
 
     def __str__(self) -> str:
         return f"the file of DAG {self.dag_id!r} cannot be imported by Airflow: {self.words}"
+
+
+class DagPaused(AirflowError):
+    """The DAG is paused, and the request said if_paused="fail". No run was made."""
+
+    def __init__(self, dag_id: str) -> None:
+        super().__init__(dag_id)
+        self.dag_id = dag_id
+
+    def __str__(self) -> str:
+        return (
+            f"DAG {self.dag_id!r} is paused, and no run was made: unpause it, or send if_paused='hold', "
+            "'unpause' or 'trigger'"
+        )
 
 
 class RunConflict(AirflowError):

@@ -19,10 +19,12 @@ from .contract import (
     DagRun,
     Find,
     IfExists,
+    IfPaused,
     JobOutcome,
     PollRequest,
     Submit,
     TriggerRequest,
+    Window,
 )
 from .errors import InvalidRequest
 from .handle import Handle
@@ -160,6 +162,8 @@ def _trigger_dag(
     note: str | None = None,
     connection: str = "default",
     if_exists: IfExists = "reuse",
+    if_paused: IfPaused = "trigger",
+    window: Window | None = None,
     give_up_after_s: float | None = None,
     priority: int | None = None,
     wait: bool = False,
@@ -188,6 +192,10 @@ def _trigger_dag(
         given["connection"] = connection
     if if_exists != "reuse":
         given["if_exists"] = if_exists
+    if if_paused != "trigger":
+        given["if_paused"] = if_paused
+    if window is not None:
+        given["window"] = window
     if give_up_after_s is not None:
         given["give_up_after_s"] = give_up_after_s
     if priority is not None:

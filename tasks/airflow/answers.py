@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 from urllib.parse import quote
 
 from producers.contract import DagRun
-from producers.errors import AirflowUnavailable, RequestRejected
+from producers.errors import AirflowUnavailable, DagNotFound, RequestRejected
 from tasks.airflow.connections import AirflowConnection, ApiVersion
 from tasks.http import HttpResponse, retry_after_s
 
@@ -56,6 +56,15 @@ class RunList:
 
     states: Mapping[tuple[str, str], str]
     whole: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DagView:
+    """A DAG as Airflow shows it. `max_active_runs` is None where there is no such limit."""
+
+    dag_id: str
+    is_paused: bool
+    max_active_runs: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +198,32 @@ def run_list(response: HttpResponse) -> RunList:
                 states[dag_id, run_id] = state
     total = answer.get("total_entries")
     return RunList(states, whole=not isinstance(total, int) or total <= len(runs))
+
+
+def this_dag(response: HttpResponse, dag_id: str) -> DagView:
+    """Return the DAG in a successful answer. Raises AirflowUnavailable if it is none, or another one.
+
+    Raises DagNotFound for one that Airflow shows still, and takes no run for: its file is gone, or broken.
+    """
+    match response.json():
+        case {"dag_id": str() as told, "is_paused": bool() as is_paused, **rest} if told == dag_id:
+            if rest.get("is_stale") is True or rest.get("is_active") is False:  # Airflow 3, Airflow 2
+                raise DagNotFound(dag_id, "its file is gone, or cannot be read")
+            limit = rest.get("max_active_runs")
+            if isinstance(limit, int) and limit > 0:  # 0 is none to the scheduler too
+                return DagView(told, is_paused, limit)
+            return DagView(told, is_paused, None)
+        case _:
+            raise somebody_else(response)
+
+
+def total(response: HttpResponse) -> int:
+    """Return how many entries a successful list has in all. Raises AirflowUnavailable if it does not say."""
+    match response.json():
+        case {"total_entries": int() as found} if found >= 0:
+            return found
+        case _:
+            raise somebody_else(response)
 
 
 def xcom(response: HttpResponse) -> Xcom:

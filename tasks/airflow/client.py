@@ -19,6 +19,7 @@ from tasks.airflow import protocol_v1, protocol_v2
 from tasks.airflow.answers import (
     MAX_LIST,
     DagRunExists,
+    DagView,
     Forbidden,
     NotThisApi,
     RunList,
@@ -33,7 +34,16 @@ from tasks.airflow.connections import AirflowConnection, ApiVersion
 from tasks.airflow.single_flight import SingleFlight
 from tasks.http import HttpRequest, HttpResponse, NoAnswer
 
-__all__ = ["MAX_LIST", "AirflowClient", "Check", "DagRunExists", "RunList", "RunView", "as_dag_run"]
+__all__ = [
+    "MAX_LIST",
+    "AirflowClient",
+    "Check",
+    "DagRunExists",
+    "DagView",
+    "RunList",
+    "RunView",
+    "as_dag_run",
+]
 
 log = logging.getLogger("dagrelay.airflow")
 
@@ -64,6 +74,9 @@ class ApiModule(Protocol):
         unfinished: bool = False,
         limit: int = MAX_LIST,
     ) -> HttpRequest: ...
+    def get_dag(self, dag_id: str) -> HttpRequest: ...
+    def unpause_dag(self, dag_id: str) -> HttpRequest: ...
+    def count_unfinished(self, dag_id: str) -> HttpRequest: ...
     def get_xcom(self, dag_id: str, run_id: str, task_id: str) -> HttpRequest: ...
     def get_task(self, dag_id: str, run_id: str, task_id: str) -> HttpRequest: ...
     def read_version(self, response: HttpResponse) -> str | None: ...
@@ -71,6 +84,8 @@ class ApiModule(Protocol):
     def read_run(self, response: HttpResponse, dag_id: str, run_id: str) -> RunView | None: ...
     def read_found(self, response: HttpResponse) -> str | None: ...
     def read_runs(self, response: HttpResponse) -> RunList: ...
+    def read_dag(self, response: HttpResponse, dag_id: str) -> DagView: ...
+    def read_count(self, response: HttpResponse, dag_id: str) -> int: ...
     def read_xcom(self, response: HttpResponse) -> Xcom | None: ...
     def read_task(self, response: HttpResponse) -> TaskKind: ...
     def read_accepted(self, response: HttpResponse) -> None: ...
@@ -186,6 +201,27 @@ class AirflowClient:
         return self._ask(
             lambda api: api.list_runs(dag_ids, since, until, unfinished=unfinished, limit=limit),
             lambda api, response: api.read_runs(response),
+        )
+
+    def get_dag(self, dag_id: str) -> DagView:
+        """Return whether a DAG is paused, and how many of its runs may run at a time. Raises DagNotFound."""
+        return self._ask(
+            lambda api: api.get_dag(dag_id),
+            lambda api, response: api.read_dag(response, dag_id),
+        )
+
+    def unpause_dag(self, dag_id: str) -> None:
+        """Have a DAG's runs go on. Raises DagNotFound, and RequestRejected(403) where that is not allowed."""
+        self._ask(
+            lambda api: api.unpause_dag(dag_id),
+            lambda api, response: api.read_dag(response, dag_id),
+        )
+
+    def count_unfinished_runs(self, dag_id: str) -> int:
+        """Return how many runs of a DAG are queued or running, whoever made them. Raises DagNotFound."""
+        return self._ask(
+            lambda api: api.count_unfinished(dag_id),
+            lambda api, response: api.read_count(response, dag_id),
         )
 
     def get_xcom(self, dag_id: str, run_id: str, task_id: str) -> Any:

@@ -13,8 +13,8 @@ Extras: `token` or `token_file` (a static bearer token instead of user and passw
 found by asking unless given), `max_in_flight` (requests of all workers in flight, for each process of
 Airflow's API server, 8), `api_workers` (how many of those there are, 1), `connect_timeout_s` (3.05),
 `read_timeout_s` (10), `timed_out_slot_s` (how long a request that got no answer in time still counts as one
-in flight, 30), `verify` (false: do not verify TLS certificates), `ca_file` (the CA to trust), `transport`
-(rest).
+in flight, 30), `window` (the one of requests that name none: a whole number, or max_active_runs), `verify`
+(false: do not verify TLS certificates), `ca_file` (the CA to trust), `transport` (rest).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from functools import lru_cache
 from typing import Any, Final, Literal
 from urllib.parse import quote, urlsplit
 
+from producers.contract import MAX_ACTIVE_RUNS, Window, window_problem
 from tasks.endpoints import (
     NAME,
     URI,
@@ -80,6 +81,8 @@ class AirflowConnection:
     connect_timeout_s: float = CONNECT_TIMEOUT_S
     read_timeout_s: float = READ_TIMEOUT_S
     timed_out_slot_s: float = TIMED_OUT_SLOT_S
+    window: Window | None = None
+    """That of requests which name none."""
 
     @property
     def ceiling(self) -> int:
@@ -174,6 +177,7 @@ def _connection(connection_id: str, value: str) -> AirflowConnection:
         connect_timeout_s=extras.number("connect_timeout_s", CONNECT_TIMEOUT_S, 0.01, 60),
         read_timeout_s=extras.number("read_timeout_s", READ_TIMEOUT_S, 0.01, 300),
         timed_out_slot_s=extras.number("timed_out_slot_s", TIMED_OUT_SLOT_S, 0, 3600),
+        window=_window(extras, problems),
     )
     _transport(extras, problems)
     extras.refuse_the_rest()
@@ -182,6 +186,19 @@ def _connection(connection_id: str, value: str) -> AirflowConnection:
     if problems:
         raise Mistake(*problems)
     return connection
+
+
+def _window(extras: Extras, problems: list[str]) -> Window | None:
+    """Return the window of requests which name none; in a URI a number is text."""
+    value = extras.take("window")
+    if isinstance(value, str) and value.isascii() and value.isdecimal():
+        value = int(value)
+    if value is None:
+        return None
+    if problem := window_problem(value):
+        problems.append(f"window {problem}")
+        return None
+    return MAX_ACTIVE_RUNS if isinstance(value, str) else int(value)
 
 
 def _transport(extras: Extras, problems: list[str]) -> None:

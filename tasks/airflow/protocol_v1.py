@@ -20,6 +20,7 @@ from tasks.airflow.answers import (
     JSON_HEADERS,
     MAX_LIST,
     DagRunExists,
+    DagView,
     Forbidden,
     NotThisApi,
     RunList,
@@ -34,7 +35,9 @@ from tasks.airflow.answers import (
     scrubbed,
     segment,
     somebody_else,
+    this_dag,
     this_run,
+    total,
     unavailable,
     xcom,
 )
@@ -139,6 +142,26 @@ def list_runs(
     return HttpRequest("POST", "/api/v1/dags/~/dagRuns/list", JSON_HEADERS, json_body(body))
 
 
+def get_dag(dag_id: str) -> HttpRequest:
+    return HttpRequest("GET", _dag(dag_id))
+
+
+def unpause_dag(dag_id: str) -> HttpRequest:
+    """Return the PATCH that has a DAG's runs go on. `read_dag` reads it."""
+    return HttpRequest(
+        "PATCH", f"{_dag(dag_id)}?update_mask=is_paused", JSON_HEADERS, json_body({"is_paused": False})
+    )
+
+
+def count_unfinished(dag_id: str) -> HttpRequest:
+    """Return the question how many runs of a DAG are queued or running; `read_count` reads it.
+
+    One of them is shown, without its conf: a limit of 0 means a hundred to Airflow 2.
+    """
+    query = "state=queued&state=running&limit=1&fields=dag_run_id"
+    return HttpRequest("GET", f"{_dag(dag_id)}/dagRuns?{query}")
+
+
 def get_task(dag_id: str, run_id: str, task_id: str) -> HttpRequest:
     return HttpRequest("GET", f"{_run(dag_id, run_id)}/taskInstances/{segment('task id', task_id)}")
 
@@ -181,6 +204,27 @@ def read_runs(response: HttpResponse) -> RunList:
     if response.status != 200:
         raise refusal(response)
     return run_list(response)
+
+
+def read_dag(response: HttpResponse, dag_id: str) -> DagView:
+    """Return the DAG that a GET or a change answered with. Raises DagNotFound, and what `refusal` finds."""
+    if response.status == 200:
+        return this_dag(response, dag_id)
+    raise _no_dag(response, dag_id) or refusal(response)
+
+
+def read_count(response: HttpResponse, dag_id: str) -> int:
+    """Return how many runs a list has in all. Raises DagNotFound, and what `refusal` finds."""
+    if response.status == 200:
+        return total(response)
+    raise _no_dag(response, dag_id) or refusal(response)
+
+
+def _no_dag(response: HttpResponse, dag_id: str) -> DagNotFound | None:
+    words = own_words(response)
+    if response.status == 404 and words is not None and words.lower().startswith("dag"):
+        return DagNotFound(dag_id, scrubbed(words, None))
+    return None
 
 
 def read_xcom(response: HttpResponse) -> Xcom | None:

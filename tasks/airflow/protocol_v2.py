@@ -19,6 +19,7 @@ from tasks.airflow.answers import (
     JSON_HEADERS,
     MAX_LIST,
     DagRunExists,
+    DagView,
     NotThisApi,
     RunList,
     RunView,
@@ -32,7 +33,9 @@ from tasks.airflow.answers import (
     scrubbed,
     segment,
     somebody_else,
+    this_dag,
     this_run,
+    total,
     unavailable,
     xcom,
 )
@@ -126,6 +129,25 @@ def list_runs(
     return HttpRequest("POST", "/api/v2/dags/~/dagRuns/list", JSON_HEADERS, json_body(body))
 
 
+def get_dag(dag_id: str) -> HttpRequest:
+    return HttpRequest("GET", _dag(dag_id))
+
+
+def unpause_dag(dag_id: str) -> HttpRequest:
+    """Return the PATCH that has a DAG's runs go on. `read_dag` reads it."""
+    return HttpRequest(
+        "PATCH", f"{_dag(dag_id)}?update_mask=is_paused", JSON_HEADERS, json_body({"is_paused": False})
+    )
+
+
+def count_unfinished(dag_id: str) -> HttpRequest:
+    """Return the question how many runs of a DAG are queued or running; `read_count` reads it.
+
+    No run is shown with it: each would come with its conf. By cursor Airflow 3.3 would count to a limit.
+    """
+    return HttpRequest("GET", f"{_dag(dag_id)}/dagRuns?state=queued&state=running&limit=0")
+
+
 def get_task(dag_id: str, run_id: str, task_id: str) -> HttpRequest:
     return HttpRequest("GET", f"{_run(dag_id, run_id)}/taskInstances/{segment('task id', task_id)}")
 
@@ -178,6 +200,27 @@ def read_runs(response: HttpResponse) -> RunList:
     if response.status != 200:
         raise refusal(response)
     return run_list(response)
+
+
+def read_dag(response: HttpResponse, dag_id: str) -> DagView:
+    """Return the DAG that a GET or a change answered with. Raises DagNotFound, and what `refusal` finds."""
+    if response.status == 200:
+        return this_dag(response, dag_id)
+    raise _no_dag(response, dag_id) or refusal(response)
+
+
+def read_count(response: HttpResponse, dag_id: str) -> int:
+    """Return how many runs a list has in all. Raises DagNotFound, and what `refusal` finds."""
+    if response.status == 200:
+        return total(response)
+    raise _no_dag(response, dag_id) or refusal(response)
+
+
+def _no_dag(response: HttpResponse, dag_id: str) -> DagNotFound | None:
+    words = own_words(response)
+    if response.status == 404 and words is not None and re.search(r"\bDag", words, re.IGNORECASE):
+        return DagNotFound(dag_id, scrubbed(words, None))
+    return None
 
 
 def read_xcom(response: HttpResponse) -> Xcom | None:

@@ -203,6 +203,7 @@ def record_both(record: Recorder, api: Any, root: str) -> None:
     record("cleared", api.clear_run("recorded", "full"))
     record("clear_of_unknown_run", api.clear_run("recorded", "none"))
     record_runs(record, api)
+    record_dag(record, api)
     record("no_such_path", HttpRequest("GET", f"{root}/nothing/here"))
     record("method_not_allowed", HttpRequest("DELETE", f"{root}/version"))
     record("content_type_wrong", HttpRequest("POST", runs, {"Content-Type": "text/plain"}, b"{}"))
@@ -233,6 +234,26 @@ def record_runs(record: Recorder, api: Any) -> None:
     record("task_of_unknown_run", api.get_task(dag_id, "none", "some"))
     record("run_failed_by_hand", api.fail_run("recorded", "full"))
     record("fail_of_unknown_run", api.fail_run("recorded", "none"))
+
+
+def record_dag(record: Recorder, api: Any) -> None:
+    """What is asked about a DAG whose runs are held back: is it paused, how many are unfinished."""
+    paused = HttpRequest(
+        "PATCH",
+        api.get_dag("recorded_params").path,
+        {"Content-Type": "application/json"},
+        b'{"is_paused": true}',
+    )
+    record.send(with_admin(record, paused))
+    for number in range(3):
+        request = TriggerRequest("recorded_params", {"count": 1, "code": "abc"})
+        record.send(with_admin(record, api.create_run(request, f"counted-{number}", NOTE)))
+    record("dag_paused", api.get_dag("recorded_params"))
+    record("dag_of_nobody", api.get_dag("nope"))
+    record("unfinished_counted", api.count_unfinished("recorded_params"))
+    record("unfinished_of_unknown_dag", api.count_unfinished("nope"))
+    record("unpaused", api.unpause_dag("recorded_params"))
+    record("unpause_of_unknown_dag", api.unpause_dag("nope"))
 
 
 def with_admin(record: Recorder, request: HttpRequest) -> HttpRequest:
@@ -291,6 +312,7 @@ def record_v2(record: Recorder) -> None:
     record("basic_auth", request, {"Authorization": "Basic YWRtaW46YWRtaW4="})
     viewer = json.loads((airflow.home / "passwords.json").read_text())["viewer"]
     record("forbidden", request, record.authorised("viewer", viewer))
+    record("unpause_forbidden", api.unpause_dag("recorded"), record.authorised("viewer", viewer))
     record_broken(record, api)
     airflow.extra_env["AIRFLOW__API__EXPOSE_STACKTRACE"] = "True"
     airflow.restart_api()
@@ -332,6 +354,7 @@ def record_v1(record: Recorder) -> None:
     assert status == 200, answer
     viewer = record.authorised("viewer", "viewer")
     record("forbidden", request, viewer)
+    record("unpause_forbidden", api.unpause_dag("recorded"), viewer)
     record("dags_of_viewer", api.ask_whether_accepted(), viewer)
     for size in (protocol_v1.MAX_BODY_BYTES, protocol_v1.MAX_BODY_BYTES + 1, 1_048_577):
         start = json.dumps({"dag_run_id": f"size-{size}", "conf": {"a": ""}}).encode()[:-3]

@@ -83,6 +83,8 @@ def test_every_argument_of_the_stub_reaches_the_request():
         "note": "n",
         "connection": "prod",
         "if_exists": "clear",
+        "if_paused": "hold",
+        "window": 3,
         "give_up_after_s": 60.0,
         "wait": True,
         "wait_timeout_s": 90.0,
@@ -320,6 +322,8 @@ trigger_dag.delay("d", conf=[1])
 trigger_dag.delay("d", key=5)
 trigger_dag.delay("d", kee="k")
 trigger_dag.delay("d", if_exists="maybe")
+trigger_dag.delay("d", if_paused="perhaps")
+trigger_dag.delay("d", window="all")
 trigger_dag.delay("d", give_up_after_s="1h")
 trigger_dag.s("d", note=1)
 trigger_dag.si()

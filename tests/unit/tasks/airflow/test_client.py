@@ -419,6 +419,32 @@ def test_clear_and_note(api):
 
 
 @both
+def test_a_dag_is_asked_for_counted_and_unpaused(api):
+    server = Scripted(api)
+    dag = f"/api/{api}/dags/recorded_params"
+    server.on(f"GET {dag}", answer(api, "dag_paused"))
+    server.on(f"GET {dag}/dagRuns", answer(api, "unfinished_counted"))
+    server.on(f"PATCH {dag}", answer(api, "unpaused"))
+    client = client_of(server)
+
+    assert client.get_dag("recorded_params").is_paused
+    assert client.count_unfinished_runs("recorded_params") == 3
+    client.unpause_dag("recorded_params")
+    assert server.times(f"PATCH {dag}") == 1
+
+
+@both
+def test_a_role_that_may_not_unpause_is_told_so(api):
+    server = Scripted(api)
+    server.on(f"PATCH /api/{api}/dags/recorded", answer(api, "unpause_forbidden"))
+    server.on(DAGS[api], answer(api, "dags_of_viewer" if api == "v1" else "dags"))
+
+    with pytest.raises(RequestRejected, match="Forbidden") as raised:
+        client_of(server).unpause_dag("recorded")
+    assert raised.value.status == 403
+
+
+@both
 def test_the_check_of_doctor(api):
     server = Scripted(api)
     health = "GET /api/v2/monitor/health" if api == "v2" else "GET /api/v1/health"

@@ -103,6 +103,15 @@ def test_extras_of_a_uri():
     assert (inner.token, inner.max_in_flight) == ("t", 4)
 
 
+@pytest.mark.parametrize(
+    ("given", "window"), [("", None), ("?window=2", 2), ("?window=max_active_runs", "max_active_runs")]
+)
+def test_a_window_for_all_dags_of_a_connection(given, window):
+    assert one(f"http://h/{given}").window == window
+    if given:
+        assert one({"conn_type": "http", "host": "h", "extra": {"window": window}}).window == window
+
+
 def test_files_hold_secrets(tmp_path):
     (tmp_path / "conn").write_text("http://u:p@h:1\n")
     (tmp_path / "token").write_text("abc.def\n")
@@ -185,6 +194,10 @@ def test_connections_to_other_systems_are_left_alone_except_as_default():
         ("http://h/?read_timeout_s=0", "read_timeout_s"),
         ("http://h/?read_timeout_s=inf", "read_timeout_s"),
         ("http://h/?connect_timeout_s=-1", "connect_timeout_s"),
+        ("http://h/?window=0", "window is neither a whole number of 1 or more nor the word"),
+        ("http://h/?window=1.5", "window is neither"),
+        ("http://h/?window=all", "window is neither"),
+        ({"conn_type": "http", "host": "h", "extra": {"window": True}}, "window is neither"),
         ("http://h/?verify=perhaps", "verify is neither true nor false"),
         ("http://h/api/v2", "without /api"),
         ("http://h/a b", "no plain path"),

@@ -8,7 +8,7 @@ import pytest
 from producers.contract import TriggerRequest
 from producers.errors import AirflowUnavailable, DagBroken, DagNotFound, RequestRejected
 from tasks.airflow import protocol_v1, protocol_v2
-from tasks.airflow.answers import DagRunExists, Forbidden, NotThisApi, TokenRefused, retry_after_s
+from tasks.airflow.answers import DagRunExists, DagView, Forbidden, NotThisApi, TokenRefused, retry_after_s
 from tests.unit.tasks.airflow.recorded import CANARY, answer, cases, page, said
 
 PROTOCOLS = {"v1": protocol_v1, "v2": protocol_v2}
@@ -381,6 +381,48 @@ def test_the_holder_of_a_logical_date_is_found_or_not(api):
         read(said(200, {"runs": []}))
 
 
+@both
+def test_whether_a_dag_is_paused_and_how_many_runs_it_may_have_is_read(api):
+    read = PROTOCOLS[api].read_dag
+
+    assert read(answer(api, "dag_paused"), "recorded_params") == DagView("recorded_params", True, 16)
+    assert read(answer(api, "unpaused"), "recorded_params").is_paused is False
+    for case in ("dag_of_nobody", "unpause_of_unknown_dag"):
+        with pytest.raises(DagNotFound, match="nope"):
+            read(answer(api, case), "nope")
+    with pytest.raises(AirflowUnavailable):
+        read(answer(api, "dag_paused"), "recorded")  # another one
+    assert json.loads(PROTOCOLS[api].unpause_dag("d").body) == {"is_paused": False}
+
+
+@both
+@pytest.mark.parametrize(
+    ("told", "limit"), [({}, None), ({"max_active_runs": 0}, None), ({"max_active_runs": 3}, 3)]
+)
+def test_a_dag_without_a_limit_of_its_own_has_none(api, told, limit):
+    dag = said(200, {"dag_id": "d", "is_paused": False, **told})
+
+    assert PROTOCOLS[api].read_dag(dag, "d").max_active_runs == limit
+
+
+@pytest.mark.parametrize(("api", "gone"), [("v1", {"is_active": False}), ("v2", {"is_stale": True})])
+def test_a_dag_that_is_shown_and_takes_no_run_is_not_found(api, gone):
+    with pytest.raises(DagNotFound, match="its file is gone"):
+        PROTOCOLS[api].read_dag(said(200, {"dag_id": "d", "is_paused": True, **gone}), "d")
+
+
+@both
+def test_unfinished_runs_are_counted_without_their_confs(api):
+    found = answer(api, "unfinished_counted")
+
+    assert PROTOCOLS[api].read_count(found, "recorded_params") == 3
+    assert b"conf" not in found.body
+    assert "state=queued&state=running" in PROTOCOLS[api].count_unfinished("d").path
+    for odd in (said(200, {"dag_runs": []}), said(200, {"total_entries": -1}), page(200)):
+        with pytest.raises(AirflowUnavailable):
+            PROTOCOLS[api].read_count(odd, "d")
+
+
 def test_versions_are_read():
     assert protocol_v2.read_version(answer("v2", "version")) == "3.3.2"
     assert protocol_v1.read_version(answer("v1", "version")) == "2.11.2"
@@ -421,6 +463,8 @@ def every_error(api, response, request=REQUEST):
         lambda: protocol.read_run(response, "recorded", "plain"),
         lambda: protocol.read_found(response),
         lambda: protocol.read_accepted(response),
+        lambda: protocol.read_dag(response, "recorded"),
+        lambda: protocol.read_count(response, "recorded"),
         lambda: protocol.read_version(response),
     )
     for read in readers:
