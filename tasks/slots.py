@@ -25,18 +25,21 @@ from celery.exceptions import Ignore
 from celery.utils.log import get_logger
 from redis.exceptions import RedisError
 
-from producers.contract import QUEUE_TRIGGERS
+from producers.contract import GIVE_UP_AFTER_S, QUEUE_TRIGGERS, TRIGGER_DAG
 from producers.errors import AirflowUnavailable, CredentialsRefused
-from producers.stores.lines import Lines, Taken, Verdict, ahead_s, granted_key, line_key
+from producers.stores.lines import DEFAULT_PRIORITY, Lines, Taken, Verdict, ahead_s, granted_key, line_key
 from producers.stores.parking import SLOT_S
 
-from .again import redelivered, redis_now
+from .again import newer, redelivered, redis_now
 from .airflow.asking import asking, verdict_of
 from .airflow.client import AirflowClient
 from .airflow.clients import airflow_client
 from .airflow.connections import AirflowConnection
 from .app import app, said, store_client
 from .http import HttpResponse, NoAnswer, reset_after_fork
+from .redis_transport import Channel
+from .redis_transport.channel import Diverted
+from .redis_transport.messages import Readable
 from .settings import settings
 from .waiting import show, wait
 
@@ -47,6 +50,9 @@ TICK_S: Final = 0.5
 
 JOIN_S: Final = 5.0
 """How long a thread waits for its turn."""
+
+SCARCE_S: Final = 0.25
+"""How long slots are taken to be scarce after one was looked for in vain."""
 
 EXCHANGE_S: Final = 0.03
 """How often one who sends many side by side gives slots back and takes others."""
@@ -192,6 +198,7 @@ class Turn:
             raise Busy
         taken, token = _take(self.connection, self._task.request.id)
         if not taken.slots:
+            _scarce_until[self.connection.id] = time.monotonic() + SCARCE_S
             self._wait(taken)
         self._token, asking.asker = token, self
 
@@ -459,6 +466,78 @@ def most_here() -> int:
     return 10**6 if one else max(1, settings().concurrency // 2)
 
 
+# -- what is put into the line as soon as it is claimed
+
+_scarce_until: dict[str, float] = {}
+
+
+def scarce() -> bool:
+    """Tell whether slots of any connection were scarce just now."""
+    if not _scarce_until:
+        return False
+    now = time.monotonic()
+    return any(until > now for until in _scarce_until.values())
+
+
+def divert(client: Any, held_key: str, claimed: list[Diverted]) -> list[int]:
+    """Put requests that were just claimed into their connections' lines, where there are no slots for them.
+
+    Without that each of a backlog would be a task twice: once to find that there is none, and once more. What
+    is not a plain new request has Celery begin it. Raises what redis-py raises.
+    """
+    now = time.monotonic()
+    found: dict[str, list[tuple[int, str, int, str, bytes, float, float, float | None]]] = {}
+    for one in claimed:
+        facts = _plain(one.readable)
+        if facts is None:
+            continue
+        connection, priority, give_up_after_s = facts
+        if _scarce_until.get(connection, 0.0) > now:
+            readable = one.readable
+            found.setdefault(connection, []).append(
+                (
+                    one.tag,
+                    readable.task_id or "",
+                    readable.retries,
+                    one.queue_key,
+                    one.raw,
+                    ahead_s(priority),
+                    give_up_after_s,
+                    readable.expires,
+                )
+            )
+    gone: list[int] = []
+    for name, items in found.items():
+        known = settings().connections[name]
+        what = _WAITS_FOR["slot"].format(name, name)
+        parked = lines().divert(client, held_key, name, known.ceiling, what, items)
+        if parked:
+            _scarce_until[name] = time.monotonic() + SCARCE_S
+        gone += parked
+    return gone
+
+
+def _plain(readable: Readable) -> tuple[str, int, float] | None:
+    """Return the connection, priority and patience of a message that is a plain new request, else None."""
+    if readable.headers.get("task") != TRIGGER_DAG or readable.retries or not readable.task_id:
+        return None
+    kwargs = readable.decoded[1]
+    connection, priority = kwargs.get("connection", "default"), kwargs.get("priority", DEFAULT_PRIORITY)
+    give_up_after_s = kwargs.get("give_up_after_s", GIVE_UP_AFTER_S)
+    if (
+        "so_far" in kwargs
+        or newer(kwargs)
+        or not isinstance(connection, str)
+        or connection not in settings().connections
+        or type(priority) is not int
+        or not 0 <= priority <= 9
+        or type(give_up_after_s) not in (int, float)
+        or not 0 < give_up_after_s < 1e9
+    ):
+        return None
+    return connection, priority, float(give_up_after_s)
+
+
 # -- what sees to the lines
 
 
@@ -535,3 +614,5 @@ def _probe(connection: AirflowConnection) -> None:
 
 
 app.steps["consumer"].add(LinesStep)
+Channel.diverts = staticmethod(scarce)
+Channel.divert = staticmethod(divert)

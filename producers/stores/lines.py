@@ -247,6 +247,54 @@ return {taken, better, 0, changed}
 """
 )
 
+# Put messages that were just claimed into the line, where there is no slot for them. KEYS: line, called,
+# slots, the hash, the messages that the caller holds. ARGV: connection, ceiling, what they wait for, then
+# for each: the tag by which it is held, task id, retries, queue list, message, seconds that it is moved
+# forward, seconds after which it gives up, when it expires (''). Returns the tags of those that are in the
+# line now. The others have their turn, or are for somebody else to judge: ended, cancelled, over their
+# time, older than what is on record.
+DIVERT: Final = Script(
+    PARKING
+    + """
+local conn, line, called, held = ARGV[1], KEYS[1], KEYS[2], KEYS[5]
+redis.call('ZREM', line, '')
+local known = redis.call('HMGET', KEYS[4], 'held', 'breaker')
+local free = room(conn)
+if free > 0 and redis.call('EXISTS', line) == 1 then
+  pump(conn)
+  free = room(conn)
+end
+local so_far = string.format('%.3f', held_so_far(conn))
+local gone = {}
+for i = 4, #ARGV, 8 do
+  local tag, id, retries = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2])
+  local record = 'dagrelay:record:' .. id
+  local of = redis.call('HMGET', record, 'state', 'retried', 'due_at', 'held_s')
+  local there = redis.call('HGET', 'dagrelay:parked', id)
+  local from = tonumber(of[3] or now)
+  local until_ = from + ARGV[i + 6] + tonumber(of[4] or 0)
+  if ARGV[i + 7] ~= '' then until_ = math.min(until_, tonumber(ARGV[i + 7])) end
+  if redis.call('ZSCORE', called, id) or ended(of[1]) or tonumber(of[2] or 0) > retries or there
+    or redis.call('ZSCORE', 'dagrelay:cancelled', id) or until_ <= now then
+    -- not for us
+  elseif free > 0 then
+    free = free - 1
+  elseif redis.call('HDEL', held, tag) == 1 then
+    redis.call('HSET', 'dagrelay:parked', id,
+      retries .. '\0' .. string.format('%.3f', now) .. '\0' .. ARGV[i + 3] .. '\0' .. ARGV[i + 4])
+    redis.call('ZADD', 'dagrelay:due', string.format('%.6f', until_), id)
+    redis.call('ZADD', line, string.format('%.6f', from - ARGV[i + 5]), id)
+    if not of[1] then redis.call('HSET', record, 'accepted_at', now_text) end
+    redis.call('HSET', record, 'state', 'waiting', 'due_at', of[3] or now_text, 'waits_for', ARGV[3],
+      'line', line, 'held_at', so_far)
+    gone[#gone + 1] = tag
+  end
+end
+pump(conn)
+return gone
+"""
+)
+
 # A thread joins the line. KEYS: line, the list on which it hears. ARGV: connection, token. Before all tasks:
 # there are few of them, and they hold a thread.
 JOIN: Final = Script(
@@ -486,6 +534,27 @@ class Lines:
             self._client, keys, (connection, task_id, ceiling, want, token)
         )
         return Taken(int(count), _text(why), float(age_s), _text(unsure) == "1", float(now))
+
+    def divert(
+        self,
+        client: Any,
+        held_key: str,
+        connection: str,
+        ceiling: int,
+        what: str,
+        messages: Sequence[tuple[int, str, int, str, bytes, float, float, float | None]],
+    ) -> list[int]:
+        """Put messages that a worker has just claimed into the line, where there is no slot for them.
+
+        `client` and `held_key` are the worker's, with which it holds them. For each: its tag there, task id,
+        retries, queue list, the message, the seconds that it is moved forward, those after which it gives up,
+        and when it expires. Returns the tags of those that are in the line now.
+        """
+        keys = (line_key(connection), called_key(connection), slots_key(connection), airflow_key(connection))
+        args: list[Any] = [connection, ceiling, what]
+        for *first, expires in messages:
+            args += (*first, "" if expires is None else f"{expires:.6f}")
+        return [int(tag) for tag in DIVERT.run(client, (*keys, held_key), args)]
 
     def give(
         self,

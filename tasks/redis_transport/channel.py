@@ -22,11 +22,11 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import tzinfo
 from functools import cached_property
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from zoneinfo import ZoneInfo
 
 import redis
@@ -261,6 +261,15 @@ class Waker:
         self._out = self._in = -1
 
 
+class Diverted(NamedTuple):
+    """A message that was claimed, and that an application may put elsewhere before Celery sees it."""
+
+    tag: int
+    queue_key: str
+    raw: bytes
+    readable: messages.Readable
+
+
 class Feeder:
     """Serves the queues of one channel: claims what its credit allows, and blocks where there is nothing."""
 
@@ -390,10 +399,14 @@ class Feeder:
             self.more = len(found) >= wanted
         for tag, _, times, raw in found:
             self.hand.hold(tag, raw, times)
+        known: dict[int, messages.Readable] = {}
+        if found and self.channel.diverts():
+            known = self.divert(found, lists)
+            found = [one for one in found if one[0] in self.hand.held]
         for index, (tag, number, times, raw) in enumerate(found):
             queue, queue_key = lists[number - 1]
             try:
-                self.channel.deliver(tag, queue, queue_key, raw, times)
+                self.channel.deliver(tag, queue, queue_key, raw, times, known.get(tag))
             except ResponseError as exc:  # full: what would need room waits, what does not goes on
                 log.warning("a message could not be put where it belongs yet: %s", exc)
                 self.hand.give_back(tag, after_s=RETRY_S)
@@ -401,6 +414,34 @@ class Feeder:
                 for unseen, *_ in found[index:]:
                     self.hand.give_back(unseen)
                 raise
+
+    def divert(
+        self, found: list[tuple[int, int, int | None, bytes]], lists: list[tuple[str, str]]
+    ) -> dict[int, messages.Readable]:
+        """Have the application put elsewhere what Celery is not to see yet; return what was read for that.
+
+        What has come back from a worker goes to Celery: its mark would be lost.
+        """
+        known: dict[int, messages.Readable] = {}
+        fresh: list[Diverted] = []
+        for tag, number, times, raw in found:
+            queue, queue_key = lists[number - 1]
+            try:
+                readable = messages.read(raw, queue, accept=self.channel.accept, timezone=self.channel.zone)
+            except messages.Unreadable:
+                continue  # it is read again, and put aside
+            known[tag] = readable
+            if times is None and readable.eta is None and "parked_revoked" not in readable.headers:
+                fresh.append(Diverted(tag, queue_key, raw, readable))
+        try:
+            gone = self.channel.divert(self.hand.client, self.hand.held_key, fresh) if fresh else ()
+        except (RedisError, OSError) as exc:
+            log.warning("messages could not be put elsewhere, Celery has them: %s", exc)
+            self.hand.uncertain = True  # the answer may have been lost, and not the question
+            gone = ()
+        for tag in gone:
+            self.hand.held.pop(tag, None)
+        return known
 
     def renew(self) -> None:
         """Renew the lease, find what was lost from sight, and drop connections that are half open."""
@@ -564,6 +605,12 @@ class Channel(kombu_redis.Channel):
     """Called with (client, task id, retries, queue list, message, header `parked_wait`) for a published
     message that has this header; it parks the message in one script and returns what that says. Set it as a
     static method."""
+
+    diverts: Callable[[], bool] = staticmethod(lambda: False)
+    divert: Callable[[Any, str, list[Diverted]], Iterable[int]] = staticmethod(lambda *_: ())
+    """While `diverts()`, `divert` is called with (client, the hash of what is held, messages just claimed).
+    It may park some of them in one script, which takes them out of that hash, and returns the tags of those.
+    Set both as static methods."""
 
     timezone: str | tzinfo = "UTC"
     """That of an eta without one: as `app.timezone` is for Celery. `worker.install` sets it so."""
@@ -733,11 +780,23 @@ class Channel(kombu_redis.Channel):
             self.feeder = Feeder(self, loop)
             self.feeder.set_queues(self.fed_queues)
 
-    def deliver(self, tag: int, queue: str, queue_key: str, raw: bytes, times: int | None) -> None:
-        """Hand one claimed message to Celery, or put it where it belongs. Raises what redis-py raises."""
+    def deliver(
+        self,
+        tag: int,
+        queue: str,
+        queue_key: str,
+        raw: bytes,
+        times: int | None,
+        readable: messages.Readable | None = None,
+    ) -> None:
+        """Hand one claimed message to Celery, or put it where it belongs. Raises what redis-py raises.
+
+        `readable`: the message, if it was read already.
+        """
         hand = self.hand
         try:
-            readable = messages.read(raw, queue, accept=self.accept, timezone=self.zone)
+            if readable is None:
+                readable = messages.read(raw, queue, accept=self.accept, timezone=self.zone)
             if times is not None and times > MAX_RETURNS:
                 self.put_aside(raw, queue_key, f"{times} workers could not end it", tag)
             else:
