@@ -16,7 +16,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import click
 
-from . import cli_health, cli_waiting
+from . import cli_dead, cli_health, cli_waiting
 from .client import RelayClient
 from .contract import MAX_CONF_DEPTH, QUEUE_TRIGGERS, TriggerRequest
 from .errors import BrokerUnavailable, InvalidRequest
@@ -38,6 +38,7 @@ for _command in (cli_waiting.parked, cli_waiting.wake, cli_waiting.cancel, cli_w
     main.add_command(_command)
 main.add_command(fan_out_command)
 main.add_command(cli_health.health)
+main.add_command(cli_dead.dead)
 
 
 @main.command()

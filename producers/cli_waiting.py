@@ -16,6 +16,7 @@ import click
 from .client import RelayClient, check_observation, told_as_unavailable
 from .errors import InvalidRequest
 from .exits import EX_FAILED, fail, told
+from .stores.dead import Letter
 from .stores.records import ENDED, Record
 from .stores.waits import Waiting
 
@@ -218,8 +219,11 @@ def status(task_id: str, output: str) -> None:
     """Show what is on record of a request, and its history from acceptance to end."""
     client = RelayClient()
     found = client.record(task_id)
+    with told_as_unavailable():
+        letter = client.dead.store.some([task_id]).get(task_id)
     if found is None:
-        fail(f"no request with the id {task_id} is on record", EX_FAILED)
+        desk = f"; there is a dead letter: dagrelay dead show {task_id}" if letter else ""
+        fail(f"no request with the id {task_id} is on record{desk}", EX_FAILED)
     history = timeline(found, client.handle(task_id).history())
     with told_as_unavailable():
         waiting = None if found.ended else client.waits.get(task_id)
@@ -227,6 +231,8 @@ def status(task_id: str, output: str) -> None:
         shown = found.to_json() | {"history": [{"at": at, "what": what} for at, what in history]}
         if waiting is not None:
             shown["parked"] = {"due_at": waiting.due_at, "next_look_at": waiting.next_look_at}
+        if letter is not None:
+            shown["dead_letter"] = {"at": letter.at, "replayed_as": letter.replayed_as}
         click.echo(json.dumps(shown, indent=2))
         return
     for name, value in found.to_json().items():
@@ -241,9 +247,17 @@ def status(task_id: str, output: str) -> None:
         if waiting.next_look_at is not None:
             click.echo(f"{'next_look_at':14} {_instant(waiting.next_look_at)}")
         click.echo(f"{'back_at':14} {_instant(waiting.due_at)}")
+    if letter is not None:
+        click.echo(f"{'dead_letter':14} {_on_the_desk(letter)}")
     click.echo("\nhistory (UTC)")
     for at, what in history:
         click.echo(f"  {_instant(at)}  {printable(what)}")
+
+
+def _on_the_desk(letter: Letter) -> str:
+    if letter.replayed_as is not None:
+        return f"replayed as {letter.replayed_as}: dagrelay status {letter.replayed_as}"
+    return f"dagrelay dead show {letter.id}; to send it again: dagrelay dead replay {letter.id}"
 
 
 def timeline(found: Record, told_of_it: list[tuple[float, str]]) -> list[tuple[float, str]]:

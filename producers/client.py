@@ -33,6 +33,7 @@ from .contract import (
     TriggerRequest,
     conf_problem,
 )
+from .desk import Desk
 from .errors import BrokerUnavailable, ConfigurationError, DagrelayError, InvalidRequest
 from .handle import Handle
 from .settings import ProducerSettings, read_settings
@@ -66,6 +67,8 @@ class RelayClient:
         self.records = Records(self.redis)
         self.waits = Waits(self.redis)
         """What waits there. Its methods raise what redis-py raises, those of this class BrokerUnavailable."""
+        self.dead = Desk(self)
+        """What failed for good: to be listed, sent again or discarded."""
 
     @overload
     def enqueue(self, request: TriggerRequest, **options: Any) -> Handle[DagRun]: ...
@@ -135,6 +138,7 @@ class RelayClient:
         priority: int = 0,
         link: Any = None,
         link_error: Any = None,
+        chain: list[Any] | None = None,
         ignore_result: bool = False,
         traceparent: str | None = None,
         tracestate: str | None = None,
@@ -157,6 +161,7 @@ class RelayClient:
             priority=priority,
             callbacks=_signatures(link, "link"),
             errbacks=_signatures(link_error, "link_error"),
+            chain=chain,
             ignore_result=ignore_result,
             trace=tracing.of_call(traceparent, tracestate),
         )

@@ -16,8 +16,13 @@ the very class that the worker raised.
     │   ├── ResultNotReady        not ended within the timeout of `.get()`: ask again
     │   ├── ResultExpired         ended, and its result is no longer kept: see `dagrelay status`
     │   └── RequestUnknown        no such id was ever accepted here, or its record is gone
+    ├── DeskError                 a dead letter is left as it is
+    │   ├── DeadLetterUnknown     there is none with this id: it never was, or it is discarded or expired
+    │   ├── AlreadyReplayed       it was replayed before: it says as what
+    │   └── NotReplayable         there is no request in it that could be sent again
     ├── RequestCancelled          somebody cancelled it, or it expired before it could start
     ├── TaskFailed                it failed in a way that this release has no class for
+    ├── Quarantined               no worker could read its message, or it ended each worker that had it
     ├── FanOutBroken              a part of a fan-out was lost: it can never complete
     ├── ExternalJobError
     │   ├── ServiceUnavailable    no usable answer: asked again; never the end of a request
@@ -183,6 +188,54 @@ class TaskFailed(DagrelayError):
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.words}"
+
+
+class Quarantined(DagrelayError):
+    """No worker could read the request's message, or it ended each worker that had it: it was put aside."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"its message was put aside: {self.reason}"
+
+
+class DeskError(DagrelayError):
+    """A dead letter is left as it is."""
+
+
+class DeadLetterUnknown(DeskError):
+    """There is no dead letter with this id: there never was, or it was discarded, or it has expired."""
+
+    def __init__(self, letter_id: str) -> None:
+        super().__init__(letter_id)
+        self.letter_id = letter_id
+
+    def __str__(self) -> str:
+        return f"there is no dead letter {self.letter_id}"
+
+
+class AlreadyReplayed(DeskError):
+    """The dead letter was replayed before. `replayed_as` is the task id of the request that came of it."""
+
+    def __init__(self, letter_id: str, replayed_as: str) -> None:
+        super().__init__(letter_id, replayed_as)
+        self.letter_id, self.replayed_as = letter_id, replayed_as
+
+    def __str__(self) -> str:
+        return f"dead letter {self.letter_id} was replayed already, as {self.replayed_as}; nothing was done"
+
+
+class NotReplayable(DeskError):
+    """There is no request in the dead letter that could be sent again."""
+
+    def __init__(self, letter_id: str, reason: str) -> None:
+        super().__init__(letter_id, reason)
+        self.letter_id, self.reason = letter_id, reason
+
+    def __str__(self) -> str:
+        return f"dead letter {self.letter_id} cannot be replayed: {self.reason}"
 
 
 class FanOutBroken(DagrelayError):

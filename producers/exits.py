@@ -2,7 +2,8 @@
 
 Exit codes are those of sysexits.h, so that a shell or cron can tell what to do: 0 accepted (or all is
 well), 65 the request is wrong, 75 Redis did not take it (try again, with the same key), 78 the
-configuration is wrong, 1 the request failed (with --wait), what was named is not there, or a check failed.
+configuration is wrong, 66 nothing matches what was asked for, 1 the request failed (with --wait), what was
+named is not there, or a check failed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import click
 
 from .errors import BrokerUnavailable, ConfigurationError, DagrelayError, InvalidRequest
 
-EX_FAILED, EX_DATAERR, EX_TEMPFAIL, EX_NOPERM, EX_CONFIG = 1, 65, 75, 77, 78
+EX_FAILED, EX_DATAERR, EX_NOINPUT, EX_TEMPFAIL, EX_NOPERM, EX_CONFIG = 1, 65, 66, 75, 77, 78
 
 P = ParamSpec("P")
 R = TypeVar("R")

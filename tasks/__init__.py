@@ -1,6 +1,7 @@
 """What workers run: `celery -A tasks worker`."""
 
 from . import beat as beat
+from . import desk as desk
 from . import fan_out as fan_out
 from . import looks as looks
 from .app import app

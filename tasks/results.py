@@ -9,19 +9,25 @@ and comes back.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
 from celery import states
+from celery.app.task import Context
 from celery.backends.redis import RedisBackend
 from celery.exceptions import Reject
 from celery.utils.log import get_logger
 
 from producers.contract import POLL_EXTERNAL_JOB, TRIGGER_DAG, TriggerRequest, reference_for
 from producers.errors import DagrelayError, OutcomeUnknown, SubmitUnknown, error_from
+from producers.stores.dead import EXPIRED
+from producers.stores.fan_outs import FanOuts
+from producers.stores.letters import Keeping
 from producers.stores.records import Ended, State, store
 
-from . import logs, metrics
+from . import letters, logs, metrics
+from .settings import settings
 
 log = get_logger("dagrelay.results")
 
@@ -55,6 +61,8 @@ class RecordedBackend(RedisBackend):
     """Redis results as Celery has them, each with its record."""
 
     thread_safe = True  # redis-py's pool is, and nothing else is shared; else each thread has a pool
+    _chunk: dict[str, dict[str, Any]] = {}  # noqa: RUF012 - never changed, only replaced
+    """The messages of the chunk of a fan-out that was read last: a broken one ends all of them in turn."""
 
     def _store_result(
         self,
@@ -98,21 +106,33 @@ class RecordedBackend(RedisBackend):
         meta = self._get_result_meta(result=result, state=states.SUCCESS, traceback=None, request=None)
         return self.store_with_record(task_id, {**meta, "task_id": task_id}, None, correct=True)
 
-    def end(self, task_id: str, state: str, exc: DagrelayError) -> bool:
-        """End a task from outside of it, with a failure or a cancellation; tell whether it had not ended."""
+    def end(
+        self, task_id: str, state: str, exc: DagrelayError, letter: Mapping[str, str | bytes] | None = None
+    ) -> bool:
+        """End a task from outside of it, with a failure or a cancellation; tell whether it had not ended.
+
+        `letter`: what its dead letter has to hold, if its request is not known.
+        """
         result = {
             "exc_type": type(exc).__name__,
             "exc_message": list(exc.args),
             "exc_module": type(exc).__module__,
         }
         meta = self._get_result_meta(result=result, state=state, traceback=None, request=None)
-        return self.store_with_record(task_id, {**meta, "task_id": task_id}, None)
+        return self.store_with_record(task_id, {**meta, "task_id": task_id}, None, letter=letter)
 
     def store_with_record(
-        self, task_id: str, meta: dict[str, Any], request: Any, *, correct: bool = False
+        self,
+        task_id: str,
+        meta: dict[str, Any],
+        request: Any,
+        *,
+        correct: bool = False,
+        letter: Mapping[str, str | bytes] | None = None,
     ) -> bool:
         """Write a result and its record in one step; tell whether it changed anything."""
         state, result = _STATES[meta["status"]], meta["result"]
+        expired = state == "cancelled" and _words_of(result) == "expired"
         found = _of_request(request, result) | _of_outcome(state, result)
         next_in_s = 0.0
         if state == "waiting":
@@ -132,15 +152,56 @@ class RecordedBackend(RedisBackend):
             found=found,
             next_in_s=next_in_s,
             correct=correct,
+            letter=self._letter(task_id, state, meta, expired, request, letter or {}),
+            keeping=keeping(),
         )
         if isinstance(ended, Ended):
             logs.outcome(task_id, state, ended, meta["result"], correct=correct)
             message = getattr(request, "kwargs", None)
             metrics.count_end(state, meta["result"], ended, message, corrected=correct)
+            warn_of_dropped(int(ended.letters_dropped))
         elif ended and state == "waiting":
             why = meta["result"] if isinstance(meta["result"], dict) else {}
             metrics.count_retry(found.get("task", ""), str(why.get("exc_type", "")))
         return bool(ended)
+
+    def _letter(
+        self,
+        task_id: str,
+        state: State,
+        meta: dict[str, Any],
+        expired: bool,
+        request: Any,
+        otherwise: Mapping[str, str | bytes],
+    ) -> dict[str, str | bytes] | None:
+        """Return what goes on the desk with this end, beside what the record says; None for nothing.
+
+        What failed goes there, and what expired before a worker could begin it: nobody asked for that. Not
+        what follows a failure in a chain, and is marked as failed with it: it lies in the letter of that.
+        """
+        follows = isinstance(request, Context) and request.delivery_info is None
+        if follows or (state != "failed" and not expired):
+            return None
+        letter: dict[str, str | bytes] = {"traceback": letters.told_traceback(meta.get("traceback"))}
+        text = self._request_text(task_id, request)
+        letter |= {"request": text} if text is not None else otherwise
+        if expired and meta["result"].get("exc_type") not in ("OutcomeUnknown", "SubmitUnknown"):
+            letter |= {"error": EXPIRED, "reason": "it expired before a worker could begin it"}
+        return {name: value for name, value in letter.items() if value}
+
+    def _request_text(self, task_id: str, request: Any) -> str | None:
+        """Return a request as a letter has it: that of the message in hand, else that of its fan-out."""
+        kwargs = getattr(request, "kwargs", None)
+        if isinstance(kwargs, dict):
+            priority = (request.delivery_info or {}).get("priority")
+            return letters.request_text(request.task, request.args, kwargs, vars(request), priority)
+        if request is not None:
+            return None
+        messages = self._chunk
+        if task_id not in messages:
+            messages = self._chunk = FanOuts(self.client).messages_beside(task_id)
+        envelope = messages.get(task_id)
+        return letters.of_message(envelope) if envelope is not None else None
 
     def on_chord_part_return(
         self, request: Any, state: str, result: Any, propagate: Any = None, **kwargs: Any
@@ -153,6 +214,29 @@ class RecordedBackend(RedisBackend):
         except Exception as exc:
             metrics.count_redis_error("task")
             raise NotHandedOver(f"the chord of {request.id} could not be told: {exc}") from exc
+
+
+def _words_of(result: Any) -> str:
+    """Return the words of an error as Celery keeps it, where it has no others."""
+    arguments = result.get("exc_message") if isinstance(result, dict) else None
+    return (
+        str(arguments[0]) if isinstance(arguments, list | tuple) and len(arguments) == 1 else str(arguments)
+    )
+
+
+def keeping() -> Keeping:
+    """Return for how long dead letters are kept, and how many."""
+    return Keeping(settings().dead_keep_s, settings().dead_max)
+
+
+def warn_of_dropped(count: int) -> None:
+    """Say how many dead letters went unseen, if any did."""
+    if count:
+        log.warning(
+            "dead letters dropped count=%d: there were more than DAGRELAY_DEAD_MAX=%d, and the oldest went",
+            count,
+            settings().dead_max,
+        )
 
 
 def _cancelled_unsure(task_id: str, found: dict[str, str]) -> dict[str, Any]:

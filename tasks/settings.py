@@ -51,6 +51,11 @@ class WorkerSettings:
     metrics_ports: range = range(0)
     """The TCP ports of which this process takes the first free one for its metrics; none: it serves none."""
     metrics_host: str = "0.0.0.0"  # noqa: S104 - that of a container; what is served there names no dag and no key
+    dead_keep_s: int = 14 * 86_400
+    """How long a dead letter is kept."""
+    dead_max: int = 100_000
+    """How many dead letters are kept: the oldest go first. Each holds its request, conf and all, mostly below
+    2 KB; none may be over a megabyte or two."""
 
 
 def _redis_url(environ: Mapping[str, str], mistakes: list[str]) -> str:
@@ -159,6 +164,8 @@ def read_settings(environ: Mapping[str, str]) -> WorkerSettings:
         fan_out_watch_s=_number(environ, "DAGRELAY_FAN_OUT_WATCH_S", 60, 0.2, 3600, mistakes),
         metrics_ports=metrics_ports,
         metrics_host=metrics_host,
+        dead_keep_s=int(_number(environ, "DAGRELAY_DEAD_KEEP_S", 14 * 86_400, 60, 366 * 86_400, mistakes)),
+        dead_max=int(_number(environ, "DAGRELAY_DEAD_MAX", 100_000, 1, 10_000_000, mistakes)),
     )
     if mistakes:
         raise ConfigurationError(*mistakes)

@@ -8,7 +8,7 @@ It imports nothing of ours and reads Redis as it lies there (the keys are told i
 - its record says that it has ended, when, and how; its result is there and says the same;
 - it is nowhere any more: not queued, fetched, held by a worker, parked, in a line, called from one, looked
   at, about to be cancelled, or in quarantine, and no observation waits for it;
-- one that failed is on the desk for failures, and nothing else is;
+- one that failed is on the desk for failures, and nothing else is, but what expired before it was begun;
 - with `runs`, what Airflow lists: one that is done has its one run there; no run names a request that did not
   end in it.
 """
@@ -88,19 +88,21 @@ def violations(redis_url: str, accepted: Iterable[str], runs: Runs | None = None
 
 def _read(
     client: Redis, ids: list[str]
-) -> tuple[list[dict[str, str]], list[dict[str, Any]], list[tuple[bool, bool]]]:
-    """Return of each id its record, its result, and whether the desk lists and has it."""
+) -> tuple[list[dict[str, str]], list[dict[str, Any]], list[tuple[bool, str | None]]]:
+    """Return of each id its record, its result, whether the desk lists it, and its error there."""
     pipe = client.pipeline(transaction=False)
     for task_id in ids:
         pipe.hgetall(f"dagrelay:record:{task_id}")
         pipe.get(f"celery-task-meta-{task_id}")
         pipe.zscore("dagrelay:dead", task_id)
-        pipe.exists(f"dagrelay:dead:{task_id}")
+        pipe.zscore("dagrelay:dead-replayed", task_id)
+        pipe.hget(f"dagrelay:dead:{task_id}", "error")
     answers = pipe.execute()
-    records = [{_text(k): _text(v) for k, v in raw.items()} for raw in answers[0::4]]
-    results = [json.loads(raw) if raw else {} for raw in answers[1::4]]
+    records = [{_text(k): _text(v) for k, v in raw.items()} for raw in answers[0::5]]
+    results = [json.loads(raw) if raw else {} for raw in answers[1::5]]
     desk = [
-        (score is not None, bool(there)) for score, there in zip(answers[2::4], answers[3::4], strict=True)
+        (score is not None or replayed is not None, None if error is None else _text(error))
+        for score, replayed, error in zip(answers[2::5], answers[3::5], answers[4::5], strict=True)
     ]
     return records, results, desk
 
@@ -124,12 +126,13 @@ def _of_record(record: Mapping[str, str], result: Mapping[str, Any]) -> list[str
     return wrong
 
 
-def _of_desk(state: str, dead: tuple[bool, bool]) -> list[str]:
-    listed, there = dead
-    if state == "failed" and not (listed and there):
-        missing = "listed on" if there else "on"
+def _of_desk(state: str, dead: tuple[bool, str | None]) -> list[str]:
+    listed, error = dead
+    if state == "failed" and not (listed and error):
+        missing = "listed on" if error else "on"
         return [f"failed, and it is not {missing} the desk"]
-    if state != "failed" and (listed or there):
+    expired = state == "cancelled" and error == "Expired"
+    if state != "failed" and not expired and (listed or error):
         return [f"{state}, and it is on the desk for failures"]
     return []
 

@@ -79,12 +79,14 @@ def item_of(
     priority: int = 0,
     callbacks: list[Signature[Any]] | None = None,
     errbacks: list[Signature[Any]] | None = None,
+    chain: list[Any] | None = None,
     ignore_result: bool = False,
     trace: Trace | None = None,
 ) -> Accepted:
     """Return a request as it goes to Redis, for `Records.accept`. Raises InvalidRequest for the priority.
 
-    `delay_s` counts from `asked.at`; `expires_at` is in seconds since 1970.
+    `delay_s` counts from `asked.at`; `expires_at` is in seconds since 1970. `chain`: what follows it in a
+    Celery chain, the last first.
     """
     message = request.to_message()
     message["asked"] = asked.to_message()
@@ -110,6 +112,7 @@ def item_of(
             kwargs=message,
             callbacks=callbacks,
             errbacks=errbacks,
+            chain=chain,
             kwargsrepr=shown,
             eta=_iso(asked.at + delay_s) if delay_s else None,
             expires=_iso(expires_at) if expires_at is not None else None,
@@ -139,12 +142,13 @@ def _envelope(
     origin: str,
     ignore_result: bool,
     trace: Trace | None = None,
+    chain: list[Any] | None = None,
 ) -> bytes:
     """Return a Celery protocol 2 message as kombu's Redis transport keeps it.
 
     Source: "Message Protocol" in Celery's documentation, and `kombu.transport.virtual` for the envelope.
     """
-    follow_up = '"chain":null,"chord":null'
+    follow_up = f'"chain":{_as_json(chain) if chain else "null"},"chord":null'
     follow_up += f',"callbacks":{_as_json(callbacks)}' if callbacks else ',"callbacks":null'
     follow_up += f',"errbacks":{_as_json(errbacks)}' if errbacks else ',"errbacks":null'
     body = f"[[],{_as_json(kwargs)},{{{follow_up}}}]"

@@ -439,6 +439,22 @@ class FanOuts:
         items = list(zip(ids, json.loads(payload), _text(letters), strict=True))
         return Begun(_text(stopped), _text(on_error), items)
 
+    def messages_beside(self, task_id: str) -> dict[str, dict[str, Any]]:
+        """Return the messages that the requests of a request's chunk would have by themselves, by their ids.
+
+        Empty once the chunk has ended, and for what is no part of a fan-out.
+        """
+        fan_out_id, part = self._client.hmget(record_key(task_id), ["fan_out", "part"])
+        if fan_out_id is None or part is None:
+            return {}
+        index = _text(part).split(" ")[0]
+        payload, known = self._client.hmget(
+            f"{fan_out_key(_text(fan_out_id))}:requests", [index, f"ids:{index}"]
+        )
+        if payload is None or known is None:
+            return {}
+        return dict(zip(_text(known).split(" ")[1:], json.loads(payload), strict=True))
+
     def end_items(self, runs: Sequence[tuple[str, str]], *, result_ttl_s: int, date_done: str) -> int:
         """Write what became of requests: ids and runs as JSON; return how many had not ended before."""
         if not runs:

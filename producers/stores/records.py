@@ -32,6 +32,7 @@ ended_at        worker       when it ended
 corrected_at    worker       when an unknown outcome was found to be a run after all
 fan_out         caller       the fan-out that it is part of (its own id: it is the fan-out)
 part            caller       its chunk and its place in it; outside (worker): it has a message of its own
+replay_of       caller       the request of which it is a replay: see `dead`
 =============== ============ ====================================================================
 
 A record is written in the same script as the message it accounts for (`ACCEPT`) and as the Celery
@@ -42,11 +43,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, cast
 
 from redis.exceptions import NoScriptError
+
+from .letters import LETTERS, Keeping
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -234,15 +237,20 @@ end
 )
 
 # KEYS: the result and the record. ARGV: the result as Celery keeps it, its seconds to live, the state of
-# the record, seconds in which the next attempt is due, seconds to keep the record, correct (0/1), then
+# the record, seconds in which the next attempt is due, seconds to keep the record, correct (0/1), how many
+# texts the dead letter has that is written with it (0 for none), those (see `letters.bury`), then
 # pairs of fields. An end stands: whatever comes later (a copy of the message, a redelivery) only renews
-# a result that is gone. `correct` replaces an end that was OutcomeUnknown, and no other. The retry of an
-# older copy changes nothing. With the end goes all that is kept for a task that waits: see `waits`.
+# a result that is gone. `correct` replaces an end that was OutcomeUnknown, and no other, and takes its letter
+# off the desk. The retry of an older copy changes nothing. With the end goes all that is kept for a task that
+# waits: see `waits`. What somebody asked to cancel gets no letter.
 # Returns 0 if it changed nothing, 1 for what goes on, and for an end the fields of `Ended`, NUL between them.
 STORE: Final = Script(
     PART_ENDED
+    + LETTERS
     + """
 local result, record = KEYS[1], KEYS[2]
+local letter, dropped = tonumber(ARGV[7]), 0
+local first = 8 + letter
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1e6
 local state = redis.call('HGET', record, 'state')
@@ -256,12 +264,12 @@ if ended and not (ARGV[6] == '1' and redis.call('HGET', record, 'error') == 'Out
 end
 if ARGV[3] == 'waiting' then
   local newest = tonumber(redis.call('HGET', record, 'retried') or 0)
-  for i = 7, #ARGV, 2 do
+  for i = first, #ARGV, 2 do
     if ARGV[i] == 'retried' and tonumber(ARGV[i + 1]) <= newest then return 0 end
   end
 end
 redis.call('SET', result, ARGV[1], 'EX', ARGV[2])
-redis.call('HSET', record, 'state', ARGV[3], unpack(ARGV, 7))
+redis.call('HSET', record, 'state', ARGV[3], unpack(ARGV, first))
 if ARGV[3] == 'waiting' then
   redis.call('HSET', record, 'next_at', string.format('%.6f', now + ARGV[4]))
 else
@@ -299,6 +307,12 @@ else
     redis.call('HSET', record, 'run', kept)
     redis.call('HDEL', record, 'run_kept')
   end
+  if ARGV[6] == '1' then
+    unbury(id)
+  elseif letter > 0 and (ARGV[3] == 'failed' or not waited[3]) then
+    local more = {unpack(ARGV, 10, first - 1)}
+    dropped = bury(record, id, now, tonumber(ARGV[8]), tonumber(ARGV[9]), more)
+  end
 end
 redis.call('PUBLISH', result, ARGV[1])
 if ARGV[3] == 'waiting' then return 1 end
@@ -306,6 +320,7 @@ local told = redis.call('HMGET', record, 'task', 'dag_id', 'dag_run_id', 'connec
   'job_id', 'attempts', 'accepted_at')
 for i = 1, 8 do told[i] = told[i] and string.gsub(told[i], '%z', ' ') or '' end
 told[9] = told[9] and string.format('%.3f', now - told[9]) or ''
+told[10] = dropped
 return table.concat(told, '\\0')
 """
 )
@@ -325,6 +340,8 @@ class Ended(NamedTuple):
     """How many there were, the last one included."""
     age_s: str
     """Seconds since it was accepted, by Redis' clock."""
+    letters_dropped: str = "0"
+    """How many dead letters that nobody had replayed went for this one's: there were too many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,6 +381,7 @@ class Record:
     cancel_by: str | None = None
     service: str | None = None
     fan_out: str | None = None
+    replay_of: str | None = None
 
     @property
     def ended(self) -> bool:
@@ -496,6 +514,7 @@ class Records:
             cancel_by=found.get("cancel_by"),
             service=found.get("service"),
             fan_out=found.get("fan_out"),
+            replay_of=found.get("replay_of"),
         )
 
 
@@ -513,21 +532,35 @@ def store(
     found: dict[str, str],
     next_in_s: float = 0.0,
     correct: bool = False,
+    letter: Mapping[str, str | bytes] | None = None,
+    keeping: Keeping = Keeping(),  # noqa: B008 - a tuple
 ) -> Ended | bool:
     """Write a Celery result and the record that explains it, in one step; return False if nothing was new.
 
     With an end, what the record says of the request. `found` holds the record's fields to set; `correct`
-    replaces an end that was OutcomeUnknown.
+    replaces an end that was OutcomeUnknown. `letter` has the fields of the dead letter that goes with the
+    end, beside those of the record.
     """
+    buried = buried_with(letter, keeping)
     pairs = [text for pair in found.items() for text in pair]
     answer = STORE.run(
         client,
         (RESULT_PREFIX + task_id, record_key(task_id)),
-        (result, result_ttl_s, state, next_in_s, KEEP_S, int(correct), "task_id", task_id, *pairs),
+        (
+            *(result, result_ttl_s, state, next_in_s, KEEP_S, int(correct), len(buried), *buried),
+            *("task_id", task_id, *pairs),
+        ),
     )
     if isinstance(answer, bytes):
         return Ended(*answer.decode(errors="replace").split("\0"))
     return bool(answer)
+
+
+def buried_with(letter: Mapping[str, str | bytes] | None, keeping: Keeping) -> list[Any]:
+    """Return what STORE takes of a dead letter."""
+    if letter is None:
+        return []
+    return [keeping.keep_s, keeping.most, *(text for pair in letter.items() for text in pair)]
 
 
 def _text(value: Any) -> str:

@@ -612,6 +612,11 @@ class Channel(kombu_redis.Channel):
     It may park some of them in one script, which takes them out of that hash, and returns the tags of those.
     Set both as static methods."""
 
+    put_elsewhere: Callable[[bytes, str, str], bool] | None = None
+    """Called with a message that no worker can read, its queue list and the reason, before it would go to
+    quarantine: it keeps the message and tells whether it did. The message is acknowledged then. Set it as a
+    static method."""
+
     timezone: str | tzinfo = "UTC"
     """That of an eta without one: as `app.timezone` is for Celery. `worker.install` sets it so."""
 
@@ -864,18 +869,32 @@ class Channel(kombu_redis.Channel):
             worker_state.revoked.add(readable.task_id)
 
     def put_aside(self, raw: bytes, queue_key: str, reason: str, tag: int) -> None:
-        """Put a message that no worker can read into quarantine, and say so."""
+        """Put a message that no worker can read where the application keeps such, or into quarantine."""
         hand = self.hand
         held = hand.held.get(tag)
-        self.lot.quarantine(
-            raw,
-            queue_key=queue_key,
-            reason=reason,
-            held=hand.held_key,
-            tag=tag,
-            sha=(held.sha if held else None) or "",
-        )
-        hand.held.pop(tag, None)
+        try:
+            elsewhere = self.put_elsewhere is not None and self.put_elsewhere(raw, queue_key, reason)
+        except (MemoryError, *CONNECTION_ERRORS):
+            raise
+        except Reject as exc:
+            log.warning("given back, it could not be put elsewhere: %s", exc)
+            hand.give_back(tag, after_s=RETRY_S)
+            return
+        except Exception as exc:  # noqa: BLE001 - whatever it is about this message, it has to go somewhere
+            log.error("not put elsewhere queue=%s: %s", queue_key, type(exc).__name__)
+            elsewhere = False
+        if elsewhere:
+            hand.ack(tag)
+        else:
+            self.lot.quarantine(
+                raw,
+                queue_key=queue_key,
+                reason=reason,
+                held=hand.held_key,
+                tag=tag,
+                sha=(held.sha if held else None) or "",
+            )
+            hand.held.pop(tag, None)
         log.error("quarantined, no worker can read it queue=%s: %s", queue_key, reason)
         quarantined.send(sender=self, reason=reason, queue_key=queue_key)
 

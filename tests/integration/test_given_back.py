@@ -36,11 +36,13 @@ def test_a_message_that_kills_what_runs_it_is_put_aside_after_ten_times(pool, ho
     relay.redis.hset("dagrelay:returned", hashlib.sha1(raw, usedforsecurity=False).hexdigest(), 9)
     worker = start_worker(options=("-P", pool, "-c", "1", *TASKS))
 
-    until(lambda: relay.redis.hlen("dagrelay:quarantine"))
+    (letter,) = until(lambda: list(relay.dead.list()))
 
     assert relay.redis.llen("died") == 2
-    assert relay.redis.hlen("dagrelay:returned") == 0
+    until(lambda: relay.redis.hlen("dagrelay:returned") == 0)
     assert "11 workers could not end it" in worker.text()
+    assert "11 workers could not end it" in letter.reason
+    assert relay.dead.get(letter.id).raw == raw
 
 
 @pytest.mark.parametrize("pool", ["processes", "threads"])
