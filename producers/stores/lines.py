@@ -112,10 +112,10 @@ def ahead_s(priority: int) -> float:
 
 # Each begins with a deletion: it goes on where Redis is full, and what is done makes room.
 
-# KEYS: record ('' for none), line, called, slots, the hash, the connections. ARGV: connection, task id (''),
-# ceiling, how many slots, token. Returns how many were taken (tokens `<token>.1` …), why there
-# is none (slot, open, maintenance, credentials), of the record its age in seconds without those held and
-# whether it is unsure, and the time.
+# KEYS: record, line, called, slots, the hash, the connections. ARGV: connection, task id ('' for none,
+# which has no record), ceiling, how many slots, token. Returns how many were taken (tokens `<token>.1` …),
+# why there is none (slot, open, maintenance, credentials), of the record its age in seconds without those
+# held and whether it is unsure, and the time.
 TAKE: Final = Script(
     PARKING
     + """
@@ -132,7 +132,7 @@ if known[1] ~= ARGV[3] or not known[2] then
   end
 end
 local age, unsure = '0', '0'
-if KEYS[1] ~= '' then
+if id ~= '' then
   local of = redis.call('HMGET', KEYS[1], 'due_at', 'held_s', 'held_at', 'unsure')
   local held = tonumber(of[2] or 0)
   if of[3] then
@@ -523,7 +523,7 @@ class Lines:
     def take(self, connection: str, token: str, *, ceiling: int, task_id: str = "", want: int = 1) -> Taken:
         """Take up to `want` slots, with tokens `<token>.1` and so on; a task leaves the line with that."""
         keys = (
-            record_key(task_id) if task_id else "",
+            record_key(task_id),  # also without an id: an empty key no ACL lets pass
             line_key(connection),
             called_key(connection),
             slots_key(connection),
