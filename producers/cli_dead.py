@@ -600,7 +600,7 @@ def _preview(plans: Sequence[_Plan], choice: Choice | None, *, to_stderr: bool) 
     unknown = sum(plan.seen is not None and bool(plan.seen.unknown) for plan in plans)
     said = [f"{len(plans) - left} to be sent"]
     if there:
-        states = ", ".join(f"{many} {state}" for state, many in there.most_common())
+        states = ", ".join(f"{many} {state}" for state, many in sorted(there.items()))
         said.append(f"{sum(there.values())} of their runs exist ({states})")
     if unknown:
         said.append(f"of {unknown} it is not known")

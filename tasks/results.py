@@ -143,6 +143,7 @@ class RecordedBackend(RedisBackend):
             end = _cancelled_unsure(task_id, found)
             found |= _of_outcome("failed", end)
             meta = {**meta, "result": end}
+        buried = self._letter(task_id, state, meta, expired, request, letter or {})
         ended = store(
             self.client,
             task_id,
@@ -152,8 +153,8 @@ class RecordedBackend(RedisBackend):
             found=found,
             next_in_s=next_in_s,
             correct=correct,
-            letter=self._letter(task_id, state, meta, expired, request, letter or {}),
-            keeping=keeping(),
+            letter=buried,
+            keeping=keeping() if buried is not None else Keeping(),
         )
         if isinstance(ended, Ended):
             logs.outcome(task_id, state, ended, meta["result"], correct=correct)

@@ -17,7 +17,7 @@ words), ``traceback``, ``replayed_as``, ``replayed_at``, ``replayed_by``; what t
 bytes) and ``queue_key`` (the list where it lay) instead; ``unrecorded`` says that no request has ended with
 it.
 
-A letter is written by the script that ends its request (`records.STORE`), and only then its message is
+A letter is written by the script that ends its request (`records.STORE_DEAD`), and only then its message is
 acknowledged: so at every moment what fails is on its way, or on the desk. REPLAY marks the letter in the
 script that sends its successor: so nothing is replayed twice.
 """
@@ -277,7 +277,8 @@ BURY: Final = Script(
     + """
 local time = redis.call('TIME')
 local more = {unpack(ARGV, 4)}
-return bury('', ARGV[1], time[1] + time[2] / 1e6, tonumber(ARGV[2]), tonumber(ARGV[3]), more)
+local id, now = ARGV[1], time[1] + time[2] / 1e6
+return bury('dagrelay:record:' .. id, id, now, tonumber(ARGV[2]), tonumber(ARGV[3]), more)
 """
 )
 

@@ -237,20 +237,13 @@ end
 )
 
 # KEYS: the result and the record. ARGV: the result as Celery keeps it, its seconds to live, the state of
-# the record, seconds in which the next attempt is due, seconds to keep the record, correct (0/1), how many
-# texts the dead letter has that is written with it (0 for none), those (see `letters.bury`), then
+# the record, seconds in which the next attempt is due, seconds to keep the record, correct (0/1), then
 # pairs of fields. An end stands: whatever comes later (a copy of the message, a redelivery) only renews
-# a result that is gone. `correct` replaces an end that was OutcomeUnknown, and no other, and takes its letter
-# off the desk. The retry of an older copy changes nothing. With the end goes all that is kept for a task that
-# waits: see `waits`. What somebody asked to cancel gets no letter.
+# a result that is gone. `correct` replaces an end that was OutcomeUnknown, and no other. The retry of an
+# older copy changes nothing. With the end goes all that is kept for a task that waits: see `waits`.
 # Returns 0 if it changed nothing, 1 for what goes on, and for an end the fields of `Ended`, NUL between them.
-STORE: Final = Script(
-    PART_ENDED
-    + LETTERS
-    + """
+_STORE: Final = """
 local result, record = KEYS[1], KEYS[2]
-local letter, dropped = tonumber(ARGV[7]), 0
-local first = 8 + letter
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1e6
 local state = redis.call('HGET', record, 'state')
@@ -307,12 +300,8 @@ else
     redis.call('HSET', record, 'run', kept)
     redis.call('HDEL', record, 'run_kept')
   end
-  if ARGV[6] == '1' then
-    unbury(id)
-  elseif letter > 0 and (ARGV[3] == 'failed' or not waited[3]) then
-    local more = {unpack(ARGV, 10, first - 1)}
-    dropped = bury(record, id, now, tonumber(ARGV[8]), tonumber(ARGV[9]), more)
-  end
+"""
+_TELL: Final = """
 end
 redis.call('PUBLISH', result, ARGV[1])
 if ARGV[3] == 'waiting' then return 1 end
@@ -323,6 +312,26 @@ told[9] = told[9] and string.format('%.3f', now - told[9]) or ''
 told[10] = dropped
 return table.concat(told, '\\0')
 """
+
+STORE: Final = Script(PART_ENDED + "local first, dropped = 7, 0" + _STORE + _TELL)
+
+# The same where the desk for failures is concerned. ARGV: after `correct`, how many texts the dead letter has
+# that is written with the end (0 for none), and those: see `letters.bury`. What somebody asked to cancel gets
+# none. A correction takes the letter off the desk.
+STORE_DEAD: Final = Script(
+    PART_ENDED
+    + LETTERS
+    + "local letter, dropped = tonumber(ARGV[7]), 0\nlocal first = 8 + letter"
+    + _STORE
+    + """
+  if ARGV[6] == '1' then
+    unbury(id)
+  elseif letter > 0 and (ARGV[3] == 'failed' or not waited[3]) then
+    local more = {unpack(ARGV, 10, first - 1)}
+    dropped = bury(record, id, now, tonumber(ARGV[8]), tonumber(ARGV[9]), more)
+  end
+"""
+    + _TELL
 )
 
 
@@ -541,13 +550,16 @@ def store(
     replaces an end that was OutcomeUnknown. `letter` has the fields of the dead letter that goes with the
     end, beside those of the record.
     """
-    buried = buried_with(letter, keeping)
     pairs = [text for pair in found.items() for text in pair]
-    answer = STORE.run(
+    script, buried = STORE, []
+    if letter is not None or correct:
+        script, buried = STORE_DEAD, buried_with(letter, keeping)
+        buried.insert(0, len(buried))
+    answer = script.run(
         client,
         (RESULT_PREFIX + task_id, record_key(task_id)),
         (
-            *(result, result_ttl_s, state, next_in_s, KEEP_S, int(correct), len(buried), *buried),
+            *(result, result_ttl_s, state, next_in_s, KEEP_S, int(correct), *buried),
             *("task_id", task_id, *pairs),
         ),
     )

@@ -24,6 +24,8 @@ parked      hash ``<ns>:parked``, sorted set ``<ns>:due``        everybody; one 
 quarantine  hash ``<ns>:quarantine``                             whoever claimed what it could not read
 =========== ==================================================== ==========================================
 
+An application may keep what no worker can read elsewhere (`Channel.put_elsewhere`): it is then acknowledged.
+
 An *owner* is a worker process. Its lease (sorted set ``<ns>:leases``) is renewed every third of the
 visibility timeout while the process lives, however long its tasks take; when it has run out, RESTORE by any
 other worker puts back its hands and all it held. ``<ns>:hands:<owner>`` lists its hands, ``<ns>:gone``

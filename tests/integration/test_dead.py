@@ -37,7 +37,7 @@ from producers.settings import ProducerSettings
 from producers.stores.dead import Letter
 from producers.stores.fan_outs import watch_id
 from producers.stores.letters import DEAD, DROPPED, dead_key
-from producers.stores.records import STORE, Record, record_key, store
+from producers.stores.records import STORE_DEAD, Record, record_key, store
 from tests.fake_airflow import FakeAirflow
 from tests.fake_service import FakeService
 from tests.integration.test_trigger import until
@@ -679,6 +679,23 @@ LETTER = {
 }
 
 
+def test_many_runs_are_looked_at_in_pages_and_the_preview_names_some(relay, worked, dagrelay):
+    for n in range(120):
+        about = {**RECORD, "dag_run_id": f"relay__{n}"}
+        store(relay.redis, f"t{n}", result="{}", result_ttl_s=60, state="failed", letter=LETTER, found=about)
+        if n % 3 == 0:
+            worked.make("d", f"relay__{n}", state="success" if n % 2 else "failed")
+
+    dry = dagrelay("dead", "replay", "--all", "--dry-run")
+
+    assert dry.exit_code == OK
+    assert "… and 100 more" in dry.stdout
+    assert "120 to be sent; 40 of their runs exist (20 failed, 20 success)" in dry.stdout
+    assert "t119  d: run relay__119 is started" in dry.stdout
+    assert "t117  d: run relay__117 exists (success)" in dry.stdout
+    assert not [*relay.redis.scan_iter("dagrelay:look:*")]
+
+
 # To mend them
 
 
@@ -979,10 +996,10 @@ def test_a_copy_that_cannot_be_read_changes_nothing(relay, worked, valkey):
 def test_a_worker_killed_around_the_end_leaves_it_open_or_on_the_desk(
     moment, relay, airflow, start_worker, valkey, tmp_path
 ):
-    relay.redis.script_load(STORE.lua)
+    relay.redis.script_load(STORE_DEAD.lua)
     airflow.rejecting["strict"] = REFUSED
     handle = relay.enqueue(TriggerRequest("strict", key="k"))
-    env = {"PYTHONPATH": str(CRASH), "CRASH_NAMING": STORE.sha, "CRASH_AFTER": "1"}
+    env = {"PYTHONPATH": str(CRASH), "CRASH_NAMING": STORE_DEAD.sha, "CRASH_AFTER": "1"}
     env |= {"CRASH_BEFORE": "1"} if moment.startswith("before") else {}
     victim = start_worker(name="victim", **QUICK, **env)
     until(lambda: not victim.process.alive)
@@ -1000,8 +1017,8 @@ def test_a_worker_killed_around_the_end_leaves_it_open_or_on_the_desk(
 def test_a_worker_killed_as_it_puts_a_message_aside_loses_nothing(relay, airflow, start_worker):
     handle = relay.enqueue(TriggerRequest("daily_sales", key="k"))
     poison(relay, relay.redis.lindex("triggers", 0))
-    relay.redis.script_load(STORE.lua)
-    env = {"PYTHONPATH": str(CRASH), "CRASH_NAMING": STORE.sha, "CRASH_AFTER": "1", "CRASH_BEFORE": "1"}
+    relay.redis.script_load(STORE_DEAD.lua)
+    env = {"PYTHONPATH": str(CRASH), "CRASH_NAMING": STORE_DEAD.sha, "CRASH_AFTER": "1", "CRASH_BEFORE": "1"}
     try:
         victim = start_worker(name="victim", **QUICK, **env)
         until(lambda: not victim.process.alive)
