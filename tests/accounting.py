@@ -21,7 +21,6 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from redis import Redis
@@ -33,7 +32,6 @@ MAY_HAVE_A_RUN = ("OutcomeUnknown", "DagRunFailed", "DagRunOverdue", "DagRunGone
 TOLD = 20
 SEPARATOR = "\x06\x16"  # between a queue's name and a priority
 _MADE_BY = re.compile(r"^dagrelay task=(\S+)", re.MULTILINE)
-_DESK = (Path(__file__).parents[1] / "producers" / "stores" / "dead.py").exists()
 
 Runs = Iterable[Mapping[str, Any]]
 """Runs as Airflow's API gives them: dag_id, dag_run_id, note and more."""
@@ -74,8 +72,7 @@ def violations(redis_url: str, accepted: Iterable[str], runs: Runs | None = None
         wrong = [*_of_record(record, result)]
         if record.get("state") in RESULTS:
             wrong += [f"ended, and still {place}" for place in places[task_id]]
-            if _DESK:
-                wrong += _of_desk(record["state"], dead)
+            wrong += _of_desk(record["state"], dead)
             if made is not None:
                 wrong += _of_runs(task_id, record, made)
         elif not places[task_id]:

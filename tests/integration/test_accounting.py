@@ -110,8 +110,7 @@ def test_an_end_without_its_result_or_its_time_is_told(valkey, redis, spoil, wor
     assert told(valkey, redis) == [f"a: {words}"]
 
 
-def test_a_failure_that_nobody_would_see_is_told(valkey, redis, monkeypatch):
-    monkeypatch.setattr(accounting, "_DESK", True)
+def test_a_failure_that_nobody_would_see_is_told(valkey, redis):
     redis.hset("dagrelay:record:a", mapping={"state": "failed", "error": "GaveUp"})
     redis.hdel("dagrelay:record:a", "run")
     redis.set("celery-task-meta-a", json.dumps({"status": "FAILURE"}))
@@ -125,8 +124,7 @@ def test_a_failure_that_nobody_would_see_is_told(valkey, redis, monkeypatch):
     assert told(valkey, redis) == []
 
 
-def test_something_on_the_desk_that_did_not_fail_is_told(valkey, redis, monkeypatch):
-    monkeypatch.setattr(accounting, "_DESK", True)
+def test_something_on_the_desk_that_did_not_fail_is_told(valkey, redis):
     redis.zadd("dagrelay:dead", {"a": 1})
     assert told(valkey, redis) == ["a: done, and it is on the desk for failures"]
 
