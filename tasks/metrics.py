@@ -28,7 +28,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,7 @@ from celery.utils.log import get_logger
 
 from producers import errors
 from producers.contract import POLL_EXTERNAL_JOB, TRIGGER_DAG
+from producers.stores.dead import EXPIRED
 from producers.stores.records import Ended
 
 from .http import HttpRequest, HttpResponse, NoAnswer, reset_after_fork
@@ -216,8 +217,19 @@ METRICS: Final = tuple(
             ("connection", "reason"),
             "1 while a connection is held, for maintenance or for its credentials",
         ),
-        ("dagrelay_dead_letters", "gauge", ("error",), "Dead letters, by what they died of"),
-        ("dagrelay_quarantine_messages", "gauge", (), "Messages in quarantine"),
+        ("dagrelay_dead_letters", "gauge", ("error",), "Dead letters that nobody has replayed, by error"),
+        (
+            "dagrelay_dead_letters_dropped",
+            "gauge",
+            (),
+            "Dead letters that have gone unseen so far, because there were too many",
+        ),
+        (
+            "dagrelay_quarantine_messages",
+            "gauge",
+            (),
+            "Messages in quarantine: no worker could read them, nor put them among the dead letters",
+        ),
     )
 )
 
@@ -229,29 +241,17 @@ MOST_SERIES: Final = 20_000
 """Of one process. The labels that there are never reach it; a mistake of ours is not to fill a Prometheus."""
 
 
-def _errors() -> frozenset[str]:
+def _errors(root: type[Exception]) -> frozenset[str]:
     kinds = (kind for kind in vars(errors).values() if isinstance(kind, type))
-    return frozenset(kind.__name__ for kind in kinds if issubclass(kind, errors.DagrelayError))
+    return frozenset(kind.__name__ for kind in kinds if issubclass(kind, root))
 
 
-ERRORS: Final = _errors()
+ERRORS: Final = _errors(errors.DagrelayError) | {EXPIRED}
 
 TRIGGERS_END_BY: Final = (
-    "ConnectionNotConfigured",
-    "DagBroken",
-    "DagNotFound",
-    "DagRunFailed",
-    "DagRunGone",
-    "DagRunOverdue",
-    "FanOutBroken",
-    "GaveUp",
-    "InvalidRequest",
-    "LogicalDateTaken",
-    "OutcomeUnknown",
-    "RequestRejected",
-    "RunConflict",
-    "RunExists",
-)
+    _errors(errors.AirflowError)
+    | {"ConnectionNotConfigured", "FanOutBroken", "InvalidRequest", "Quarantined"}
+) - {"AirflowError", "AirflowUnavailable", "CredentialsRefused"}
 """Served from the start, as 0: Prometheus sees no increase in what begins with 1."""
 
 SAW: Final = ("again", "changed", "error", "wake", "late")
@@ -389,6 +389,16 @@ def observe_trigger(connection: str, seconds: float) -> None:
     if tally is not None:
         known = connection if connection in settings().connections else OTHER
         tally.observe("dagrelay_trigger_seconds", (known,), seconds)
+
+
+def count_started(connection: str, ended: int, asked_at: Sequence[float]) -> None:
+    """Count triggers that were started and ended together; `asked_at`: when each was accepted."""
+    if tally is None or not ended:
+        return
+    count_trigger(connection, "started", amount=ended)
+    now = time.time()
+    for at in asked_at[:ended]:
+        observe_trigger(connection, max(0.0, now - at))
 
 
 def count_job(service: str, outcome: str, error: str = "") -> None:

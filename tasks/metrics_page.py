@@ -72,7 +72,7 @@ def _from_the_start() -> Iterator[tuple[str, Labels]]:
         for outcome in ("started", "exists", "cleared", "corrected"):
             yield "dagrelay_triggers_total", (connection, outcome, "")
         yield "dagrelay_triggers_total", (connection, "cancelled", "RequestCancelled")
-        for error in TRIGGERS_END_BY:
+        for error in sorted(TRIGGERS_END_BY):
             yield "dagrelay_triggers_total", (connection, "failed", error)
         for saw in SAW:
             yield "dagrelay_looks_total", (f"airflow:{connection}", saw)
@@ -168,6 +168,7 @@ def shared(found: Readings) -> dict[str, dict[Labels, float]]:
             for reason in ("maintenance", "credentials")
         },
         "dagrelay_dead_letters": dead or {(OTHER,): 0.0},
+        "dagrelay_dead_letters_dropped": {(): float(found.dead_dropped)},
         "dagrelay_quarantine_messages": {(): float(found.quarantined)},
     }
 
@@ -201,8 +202,8 @@ class Serve(bootsteps.StartStopStep):
     def start(self, worker: Any) -> None:
         client = client_for_reading()
         registry = CollectorRegistry()
-        registry.register(Counted(self._tally))
         registry.register(Standing(lambda: read(client), lambda: worker.pool.num_processes))
+        registry.register(Counted(self._tally))  # after that: what could not be read is counted
         ProcessCollector(registry=registry)
         self._server = serve(registry, settings().metrics_host, settings().metrics_ports)
 
@@ -224,7 +225,7 @@ class Connected(bootsteps.StartStopStep):
     label = "Connected"
 
     def start(self, consumer: Any) -> None:
-        if consumer.restart_count > 1:
+        if consumer.restart_count:  # 0 at the first time
             metrics.count_redis_error("connection")
 
 

@@ -126,6 +126,7 @@ if dead > 0 then
 end
 return cjson.encode({now = now, queues = queues, parked = redis.call('ZCARD', 'dagrelay:due'), late = late,
   looks = looks, held = held, alive = alive, gone = gone, dead = dead, newest = newest,
+  dropped = tonumber(redis.call('GET', 'dagrelay:dead-dropped') or 0),
   quarantine = redis.call('HLEN', 'dagrelay:quarantine')})
 """
 )
@@ -165,8 +166,11 @@ class Readings:
     looks: Mapping[str, Looks]
     lines: Mapping[str, LineState]
     dead: int
+    """Dead letters that nobody has replayed."""
     dead_by_error: Mapping[str, int]
-    """What the newest dead letters died of; those that were not read are `OLDER`."""
+    """What the newest of them died of; those that were not read are `OLDER`."""
+    dead_dropped: int
+    """Those that have gone unseen, because there were too many."""
     quarantined: int
     used_bytes: int
     most_bytes: int
@@ -210,6 +214,7 @@ def read(client: Redis) -> Readings:
         lines={name: lines.state(name) for name in lines.names()},
         dead=found["dead"],
         dead_by_error=newest,
+        dead_dropped=found["dropped"],
         quarantined=found["quarantine"],
         used_bytes=int(memory.get("used_memory", 0)),
         most_bytes=int(memory.get("maxmemory", 0)),

@@ -26,6 +26,7 @@ from tasks.http import HttpRequest, HttpResponse, NoAnswer
 from tasks.metrics import METRICS, Tally
 from tasks.metrics_page import Counted, Standing
 from tasks.settings import WorkerSettings, read_settings
+from tests.scraping import samples
 
 ROOT = Path(__file__).resolve().parents[3]
 REDIS = {"DAGRELAY_REDIS_URL": "redis://127.0.0.1:1/0"}
@@ -58,17 +59,6 @@ def page_of(*collectors: Any) -> str:
     for one in collectors:
         registry.register(one)
     return generate_latest(registry).decode()
-
-
-def samples(text: str) -> dict[str, float]:
-    """What a page says, without what is 0: `name{label="value"}` → number."""
-    found = {}
-    for family in text_string_to_metric_families(text):
-        for one in family.samples:
-            labels = ",".join(f'{name}="{value}"' for name, value in sorted(one.labels.items()) if value)
-            if one.value:
-                found[f"{one.name}{{{labels}}}"] = one.value
-    return found
 
 
 def ended(task: str = TRIGGER_DAG, **more: str) -> Ended:
@@ -326,7 +316,8 @@ def readings(**given: Any) -> Readings:
         "looks": {"airflow:default": Looks(10, 0.5), "service:train": Looks(20, 0.0)},
         "lines": {"default": line},
         "dead": 6,
-        "dead_by_error": {"RequestRejected": 3, "SomebodysOwn": 1, "": 1, "older": 1},
+        "dead_by_error": {"RequestRejected": 2, "Expired": 1, "SomebodysOwn": 1, "": 1, "older": 1},
+        "dead_dropped": 7,
         "quarantined": 2,
         "used_bytes": 100,
         "most_bytes": 0,
@@ -362,7 +353,9 @@ def test_everybody_says_the_same_of_what_is_shared():
         f'dagrelay_airflow_breaker{{{of},state="half-open"}}': 1,
         f"dagrelay_airflow_breaker_seconds{{{of}}}": 10,
         f'dagrelay_airflow_held{{{of},reason="credentials"}}': 1,
-        'dagrelay_dead_letters{error="RequestRejected"}': 3,
+        'dagrelay_dead_letters{error="RequestRejected"}': 2,
+        'dagrelay_dead_letters{error="Expired"}': 1,
+        "dagrelay_dead_letters_dropped{}": 7,
         'dagrelay_dead_letters{error="other"}': 2,
         'dagrelay_dead_letters{error="older"}': 1,
         "dagrelay_quarantine_messages{}": 2,
