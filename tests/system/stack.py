@@ -260,9 +260,9 @@ class Stack:
         assert done.returncode == 0, done.stderr
         return dict(json.loads(done.stdout))
 
-    def account(self, ids: Iterable[str], dag_id: str) -> None:
-        """Fail unless each of these accepted requests for a DAG has come to exactly one end."""
-        one_end_each(self.valkey.url, ids, self.airflow.runs(dag_id))
+    def account(self, ids: Iterable[str], *dag_ids: str) -> None:
+        """Fail unless each of these accepted requests for these DAGs has come to exactly one end."""
+        one_end_each(self.valkey.url, ids, [run for dag_id in dag_ids for run in self.airflow.runs(dag_id)])
 
     def record(self, task_id: str) -> dict[str, Any]:
         """The record of a request as it lies in Redis: cheaper than `status`, for polling."""
