@@ -155,7 +155,7 @@ class _Held:
                     log.warning("slots not renewed yet connection=%s: %s", connection, said(exc))
 
 
-_held = _Held()
+held_slots = _Held()
 
 
 class Turn:
@@ -194,7 +194,7 @@ class Turn:
         if not settings().slots:
             self._token = OFF
             return
-        if _held.count(self.connection.id) >= most_here():
+        if held_slots.count(self.connection.id) >= most_here():
             raise Busy
         taken, token = _take(self.connection, self._task.request.id)
         if not taken.slots:
@@ -279,13 +279,13 @@ def _take_waiting(connection: AirflowConnection, timeout_s: float) -> str:
         return token
     if taken.why != "slot":
         raise NoTurn(taken.why)
-    store, name = lines(), f"{_held.new_token()}.1"
+    store, name = lines(), f"{held_slots.new_token()}.1"
     store.join(connection.id, name)
     until = time.monotonic() + timeout_s
     try:
         while (left_s := until - time.monotonic()) > 0:
             if store_client().blpop([granted_key(name)], timeout=min(left_s, 1.0)):
-                _held.add(connection.id, [name])
+                held_slots.add(connection.id, [name])
                 return name
     except BaseException:
         store.leave(connection.id, name)
@@ -295,17 +295,17 @@ def _take_waiting(connection: AirflowConnection, timeout_s: float) -> str:
 
 
 def _take(connection: AirflowConnection, task_id: str = "") -> tuple[Taken, str]:
-    token = _held.new_token()
+    token = held_slots.new_token()
     taken = lines().take(connection.id, token, ceiling=connection.ceiling, task_id=task_id)
     token += ".1"
     if taken.slots:
-        _held.add(connection.id, [token])
+        held_slots.add(connection.id, [token])
     return taken, token
 
 
 def give(connection: AirflowConnection, token: str, verdict: Verdict, took_s: float, words: str = "") -> None:
     """Give a slot back. Where Redis does not take it, the slot runs out by itself."""
-    _held.discard(connection.id, [token])
+    held_slots.discard(connection.id, [token])
     try:
         given = lines().give(
             connection.id,
@@ -349,7 +349,7 @@ class ManyTurns:
 
     def take(self, want: int) -> Taken:
         """Take up to so many slots, at most half of those that there may be; return what came of it."""
-        token = _held.new_token()
+        token = held_slots.new_token()
         most = max(1, (self._connection.ceiling + 1) // 2)
         self._taken = taken = lines().take(
             self._connection.id,
@@ -360,7 +360,7 @@ class ManyTurns:
         )
         self._rank = taken.now - taken.age_s - self._ahead_s
         self._tokens = [f"{token}.{number}" for number in range(1, taken.slots + 1)]
-        _held.add(self._connection.id, self._tokens)
+        held_slots.add(self._connection.id, self._tokens)
         return taken
 
     def wait_at_most(self, seconds: float) -> None:
@@ -418,9 +418,9 @@ class ManyTurns:
         done, self._done = self._done, []
         if not done:
             return []
-        connection, token = self._connection, _held.new_token()
+        connection, token = self._connection, held_slots.new_token()
         most = max(1, (connection.ceiling + 1) // 2)
-        _held.discard(connection.id, [one for one, _, _ in done if one])
+        held_slots.discard(connection.id, [one for one, _, _ in done if one])
         try:
             given = lines().give(
                 connection.id,
@@ -439,7 +439,7 @@ class ManyTurns:
         self._over = given.over
         self._to_stop = max(0, min(given.better, at_work + given.slots - 1))
         tokens = [f"{token}.{number}" for number in range(1, given.slots + 1)]
-        _held.add(connection.id, tokens)
+        held_slots.add(connection.id, tokens)
         return tokens
 
 
@@ -485,8 +485,10 @@ def divert(client: Any, held_key: str, claimed: list[Diverted]) -> list[int]:
     Without that each of a backlog would be a task twice: once to find that there is none, and once more. What
     is not a plain new request has Celery begin it. Raises what redis-py raises.
     """
+    from . import drain
+
     now = time.monotonic()
-    found: dict[str, list[tuple[int, str, int, str, bytes, float, float, float | None]]] = {}
+    found: dict[str, list[tuple[int, str, int, str, bytes, float, float, float | None, bool]]] = {}
     for one in claimed:
         facts = _plain(one.readable)
         if facts is None:
@@ -504,6 +506,7 @@ def divert(client: Any, held_key: str, claimed: list[Diverted]) -> list[int]:
                     ahead_s(priority),
                     give_up_after_s,
                     readable.expires,
+                    drain.is_plain(readable, settings().connections[connection]),
                 )
             )
     gone: list[int] = []
@@ -513,6 +516,7 @@ def divert(client: Any, held_key: str, claimed: list[Diverted]) -> list[int]:
         parked = lines().divert(client, held_key, name, known.ceiling, what, items)
         if parked:
             _scarce_until[name] = time.monotonic() + SCARCE_S
+            drain.begin(name)
         gone += parked
     return gone
 
@@ -533,6 +537,10 @@ def _plain(readable: Readable) -> tuple[str, int, float] | None:
         or not 0 <= priority <= 9
         or type(give_up_after_s) not in (int, float)
         or not 0 < give_up_after_s < 1e9
+        # What has to pass a gate waits there first.
+        or kwargs.get("if_paused", "trigger") != "trigger"
+        or kwargs.get("window") is not None
+        or settings().connections[connection].window is not None
     ):
         return None
     return connection, priority, float(give_up_after_s)
@@ -569,16 +577,20 @@ _probing: set[str] = set()
 
 
 def tick() -> None:
-    """Call what there is room for, and begin the probes that are due. Raises nothing."""
+    """Call what there is room for, begin to drain, and begin the probes that are due. Raises nothing."""
+    from . import drain
+
     known = settings().connections
     try:
-        due = lines().tick(
+        due, idle = lines().tick(
             [(one.id, one.fingerprint()) for one in known.values()],
             probe_s=max((one.connect_timeout_s + one.read_timeout_s for one in known.values()), default=1.0),
         )
     except Exception as exc:  # noqa: BLE001 - Redis is away: seen to again in a moment
         log.debug("lines not seen to: %s", said(exc))
         return
+    for name in idle:
+        drain.begin(name)
     for name in due:
         if name not in _probing:
             _probing.add(name)

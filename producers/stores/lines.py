@@ -45,7 +45,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
-from .parking import PARKING, SLOT_S, TASK_LINE, THREAD
+from .parking import CALL_S, PARKING, SLOT_S, TASK_LINE, THREAD
 from .records import Script, record_key
 
 if TYPE_CHECKING:
@@ -159,6 +159,86 @@ return {math.max(taken, 0), taken > 0 and '' or 'slot', age, unsure, now_text}
 """
 )
 
+# In GIVE and DRAIN: `settle` notes what came of requests, each with its token ('' where its slot is kept
+# for the next one), verdict and seconds, from one place of ARGV to another; it returns what has changed,
+# and whether nothing may be sent any more. `take_slots` takes what there is room for.
+SETTLE: Final = (
+    """
+local function take_slots(conn, wanted, token)
+  local taken = math.max(0, math.min(room(conn), wanted))
+  local until_ = string.format('%.6f', now + """
+    + str(SLOT_S)
+    + """)
+  for i = 1, taken do redis.call('ZADD', 'dagrelay:slots:' .. conn, until_, token .. '.' .. i) end
+  return taken
+end
+local function settle(conn, first, last)
+  local slots, key = 'dagrelay:slots:' .. conn, 'dagrelay:airflow:' .. conn
+  local known = redis.call('HMGET', key, 'limit', 'ceiling', 'breaker', 'failures', 'cut_at', 'held')
+  local ceiling = tonumber(known[2] or 1)
+  local before = tonumber(known[1] or ceiling)
+  local limit, breaker, failures = before, known[3] or 'closed', tonumber(known[4] or 0)
+  local had, cut = failures, tonumber(known[5] or 0)
+  local was, in_flight = breaker, redis.call('ZCARD', slots)
+  local held, refused = known[6] or '', false
+  for i = first, last, 3 do
+    local token, verdict, took = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2])
+    if verdict == 'timeout' and token ~= '' then
+      redis.call('ZADD', slots, string.format('%.6f', now + ARGV[7]), token .. ':late')
+    end
+    if token ~= '' then redis.call('ZREM', slots, token) end
+    if verdict == 'ok' then
+      failures = 0
+      if breaker == 'half-open' then
+        limit = math.min(ceiling, limit + 1)
+        if limit >= ceiling / 2 then breaker = 'closed' end
+      elseif limit < ceiling and took < """
+    + str(SLOW_S)
+    + """ and in_flight >= math.floor(limit) then
+        limit = math.min(ceiling, limit + 1 / limit)
+      end
+    elseif verdict == 'refused' then
+      refused = true
+    elseif verdict ~= 'unused' then
+      failures = failures + 1
+      if verdict ~= 'broken' and now - took > cut then
+        limit, cut = math.max(1, limit / 2), now
+      end
+      if (breaker == 'half-open' and failures >= 2) or (breaker == 'closed' and failures >= """
+    + str(FAILURES)
+    + """) then
+        breaker = 'open'
+      end
+    end
+  end
+  if limit ~= before then redis.call('HSET', key, 'limit', string.format('%.4f', limit), 'cut_at', cut) end
+  if failures ~= had then redis.call('HSET', key, 'failures', failures) end
+  if breaker ~= was then
+    redis.call('HSET', key, 'breaker', breaker)
+    if breaker == 'open' then
+      local probes = was == 'half-open' and tonumber(redis.call('HGET', key, 'probes') or 0) or 0
+      redis.call('HSET', key, 'probes', probes, 'probe_at', string.format('%.6f', now + """
+    + str(FIRST_PROBE_S)
+    + """))
+      redis.call('HSETNX', key, 'opened_at', now_text)
+    else
+      redis.call('HDEL', key, 'opened_at', 'probes')
+    end
+  end
+  if refused and held == '' then
+    redis.call('HSET', key, 'held', 'credentials', 'held_reason', ARGV[3], 'held_since', now_text,
+      'held_by', 'a worker', 'fingerprint', ARGV[2], 'probe_at', now_text)
+    held = 'credentials'
+  elseif refused and held == 'credentials' then
+    redis.call('HSET', key, 'fingerprint', ARGV[2], 'held_reason', ARGV[3])
+  end
+  local changed = breaker ~= was and breaker
+    or refused and (known[6] or '') == '' and 'credentials' or ''
+  return changed, held ~= '' or breaker == 'open'
+end
+"""
+)
+
 # What came of requests. KEYS: line, called, slots, the hash. ARGV: connection, own fingerprint, words (of
 # the refusal), how many slots more are wanted, rank of the one who wants them, their token, the seconds for
 # which a request that timed out keeps its slot, then for each request its token ('' where its slot is kept
@@ -167,83 +247,74 @@ return {math.max(taken, 0), taken > 0 and '' or 'slot', age, unsure, now_text}
 # credentials; '').
 GIVE: Final = Script(
     PARKING
+    + SETTLE
     + """
-local conn = ARGV[1]
-local line, slots, key = KEYS[1], KEYS[3], KEYS[4]
+local conn, line, slots = ARGV[1], KEYS[1], KEYS[3]
 redis.call('ZREM', slots, '')
-local known = redis.call('HMGET', key, 'limit', 'ceiling', 'breaker', 'failures', 'cut_at', 'held')
-local ceiling = tonumber(known[2] or 1)
-local before = tonumber(known[1] or ceiling)
-local limit, breaker, failures = before, known[3] or 'closed', tonumber(known[4] or 0)
-local had, cut = failures, tonumber(known[5] or 0)
-local was, in_flight = breaker, redis.call('ZCARD', slots)
-local held, refused = known[6] or '', false
-for i = 8, #ARGV, 3 do
-  local token, verdict, took = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2])
-  if verdict == 'timeout' and token ~= '' then
-    redis.call('ZADD', slots, string.format('%.6f', now + ARGV[7]), token .. ':late')
-  end
-  if token ~= '' then redis.call('ZREM', slots, token) end
-  if verdict == 'ok' then
-    failures = 0
-    if breaker == 'half-open' then
-      limit = math.min(ceiling, limit + 1)
-      if limit >= ceiling / 2 then breaker = 'closed' end
-    elseif limit < ceiling and took < """
-    + str(SLOW_S)
-    + """ and in_flight >= math.floor(limit) then
-      limit = math.min(ceiling, limit + 1 / limit)
-    end
-  elseif verdict == 'refused' then
-    refused = true
-  elseif verdict ~= 'unused' then
-    failures = failures + 1
-    if verdict ~= 'broken' and now - took > cut then
-      limit, cut = math.max(1, limit / 2), now
-    end
-    if (breaker == 'half-open' and failures >= 2) or (breaker == 'closed' and failures >= """
-    + str(FAILURES)
-    + """) then
-      breaker = 'open'
-    end
-  end
-end
-if limit ~= before then redis.call('HSET', key, 'limit', string.format('%.4f', limit), 'cut_at', cut) end
-if failures ~= had then redis.call('HSET', key, 'failures', failures) end
-if breaker ~= was then
-  redis.call('HSET', key, 'breaker', breaker)
-  if breaker == 'open' then
-    local probes = was == 'half-open' and tonumber(redis.call('HGET', key, 'probes') or 0) or 0
-    redis.call('HSET', key, 'probes', probes, 'probe_at', string.format('%.6f', now + """
-    + str(FIRST_PROBE_S)
-    + """))
-    redis.call('HSETNX', key, 'opened_at', now_text)
-  else
-    redis.call('HDEL', key, 'opened_at', 'probes')
-  end
-end
-if refused and held == '' then
-  redis.call('HSET', key, 'held', 'credentials', 'held_reason', ARGV[3], 'held_since', now_text,
-    'held_by', 'a worker', 'fingerprint', ARGV[2], 'probe_at', now_text)
-  held = 'credentials'
-end
-if refused and held == 'credentials' then
-  redis.call('HSET', key, 'fingerprint', ARGV[2], 'held_reason', ARGV[3])
-end
+local changed, over = settle(conn, 8, #ARGV)
 pump(conn)
-local changed = breaker ~= was and breaker or refused and (known[6] or '') == '' and 'credentials' or ''
-if held ~= '' or breaker == 'open' then return {0, 0, 1, changed} end
+if over then return {0, 0, 1, changed} end
 local taken, wanted = 0, tonumber(ARGV[4])
-if wanted > 0 then
-  local free = room(conn)
-  taken = math.max(0, math.min(free, wanted))
-  local until_ = string.format('%.6f', now + """
-    + str(SLOT_S)
-    + """)
-  for i = 1, taken do redis.call('ZADD', slots, until_, ARGV[6] .. '.' .. i) end
-end
+if wanted > 0 then taken = take_slots(conn, wanted, ARGV[6]) end
 local better = ARGV[5] ~= '' and redis.call('ZCOUNT', line, '-inf', '(' .. ARGV[5]) or 0
 return {taken, better, 0, changed}
+"""
+)
+
+# Go on with the plain requests of a line: who drains it takes them out of Redis' hands into its own, posts
+# them, and writes their ends, many at once. KEYS: line, called, slots, the hash, what the caller holds, the
+# owners' leases. ARGV: as for GIVE up to the seconds of a timed out slot (its rank is left empty), then how
+# many requests are wanted, the caller's name and the seconds of its lease, how many requests it has ended,
+# those, then for each request sent its token, verdict and seconds. Returns how many slots were taken, how
+# many are to be given back for what waits and is not plain, 1 where nothing may be sent, what has changed,
+# then id and message in turn.
+DRAIN: Final = Script(
+    PARKING
+    + SETTLE
+    + """
+local conn, line, slots, held = ARGV[1], KEYS[1], KEYS[3], KEYS[5]
+redis.call('ZREM', slots, '')
+local ended_ = tonumber(ARGV[11])
+for i = 12, 11 + ended_ do redis.call('HDEL', held, ARGV[i]) end
+local changed, over = settle(conn, 12 + ended_, #ARGV)
+if over then
+  pump(conn)
+  if redis.call('EXISTS', held) == 0 then redis.call('ZREM', KEYS[6], ARGV[9]) end
+  return {0, 0, 1, changed}
+end
+redis.call('HSET', KEYS[4], 'drained_until', string.format('%.3f', now + 1))
+pump(conn)  -- what is first, and not for us
+local answer = {0, 0, 0, changed}
+local wanted, stop = tonumber(ARGV[8]), 0
+local free = room(conn)
+if wanted > 0 then
+  for _, id in ipairs(redis.call('ZRANGE', line, 0, wanted + 20)) do
+    if wanted <= 0 then break end
+    local value = string.sub(id, 1, 1) ~= '\\1' and redis.call('HGET', 'dagrelay:parked', id)
+    if value and redis.call('HEXISTS', 'dagrelay:record:' .. id, 'plain') == 1 then
+      local b = string.find(value, '\\0', string.find(value, '\\0', 1, true) + 1, true)
+      redis.call('HSET', held, id, string.sub(value, b + 1))
+      redis.call('HDEL', 'dagrelay:parked', id)
+      redis.call('ZREM', 'dagrelay:due', id)
+      redis.call('ZREM', line, id)
+      answer[#answer + 1] = id
+      answer[#answer + 1] = string.sub(value, string.find(value, '\\0', b + 1, true) + 1)
+      wanted = wanted - 1
+    elseif value or string.sub(id, 1, 1) == '\\1' then
+      stop = stop + 1
+    else
+      redis.call('ZREM', line, id)
+    end
+  end
+end
+answer[2] = stop
+if stop == 0 and tonumber(ARGV[4]) > 0 then answer[1] = take_slots(conn, tonumber(ARGV[4]), ARGV[6]) end
+if redis.call('EXISTS', held) == 1 then
+  redis.call('ZADD', KEYS[6], string.format('%.6f', now + ARGV[10]), ARGV[9])
+else
+  redis.call('ZREM', KEYS[6], ARGV[9])
+end
+return answer
 """
 )
 
@@ -266,7 +337,7 @@ if free > 0 and redis.call('EXISTS', line) == 1 then
 end
 local so_far = string.format('%.3f', held_so_far(conn))
 local gone = {}
-for i = 4, #ARGV, 8 do
+for i = 4, #ARGV, 9 do
   local tag, id, retries = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2])
   local record = 'dagrelay:record:' .. id
   local of = redis.call('HMGET', record, 'state', 'retried', 'due_at', 'held_s')
@@ -287,11 +358,36 @@ for i = 4, #ARGV, 8 do
     if not of[1] then redis.call('HSET', record, 'accepted_at', now_text) end
     redis.call('HSET', record, 'state', 'waiting', 'due_at', of[3] or now_text, 'waits_for', ARGV[3],
       'line', line, 'held_at', so_far)
+    if ARGV[i + 8] == '1' then redis.call('HSET', record, 'plain', '1') end
     gone[#gone + 1] = tag
   end
 end
 pump(conn)
 return gone
+"""
+)
+
+# Put back what a worker has taken out of a line: to the front of its queue. KEYS: what it holds, called.
+# ARGV: for each its id and whether Celery is to begin it next (0/1): its place in flight is kept for it.
+RETURN: Final = Script(
+    PARKING
+    + """
+redis.call('HDEL', KEYS[1], '')
+for i = 1, #ARGV, 2 do
+  local value = redis.call('HGET', KEYS[1], ARGV[i])
+  if value then
+    local cut = string.find(value, '\0', 1, true)
+    redis.call('RPUSH', string.sub(value, 1, cut - 1), string.sub(value, cut + 1))
+    redis.call('HDEL', KEYS[1], ARGV[i])
+    if ARGV[i + 1] == '1' then
+      redis.call('HDEL', 'dagrelay:record:' .. ARGV[i], 'plain')
+      redis.call('ZADD', KEYS[2], string.format('%.6f', now + """
+    + str(CALL_S)
+    + """), ARGV[i])
+    end
+  end
+end
+return 1
 """
 )
 
@@ -343,12 +439,21 @@ return kept
 TICK: Final = Script(
     PARKING
     + """
-local answer = {}
+local answer, idle = {}, {}
 for i = 2, #ARGV, 2 do
   local conn, key = ARGV[i], 'dagrelay:airflow:' .. ARGV[i]
   redis.call('ZREM', 'dagrelay:slots:' .. conn, '')
   pump(conn)
-  local known = redis.call('HMGET', key, 'breaker', 'held', 'probe_at', 'fingerprint', 'probed_at')
+  local known = redis.call('HMGET', key, 'breaker', 'held', 'probe_at', 'fingerprint', 'probed_at',
+    'drained_until')
+  if tonumber(known[6] or 0) < now and known[1] ~= 'open' and (known[2] or '') == '' then
+    local first = redis.call('ZRANGE', """
+    + f"'{TASK_LINE}'"
+    + """ .. conn, 0, 0)[1]
+    if first and redis.call('HEXISTS', 'dagrelay:record:' .. first, 'plain') == 1 then
+      idle[#idle + 1] = conn
+    end
+  end
   local open, refused = known[1] == 'open', known[2] == 'credentials'
   if (open and (known[2] or '') == '') or refused then
     if now >= tonumber(known[3] or 0)
@@ -360,7 +465,7 @@ for i = 2, #ARGV, 2 do
     end
   end
 end
-return answer
+return {answer, idle}
 """
 )
 
@@ -505,6 +610,18 @@ class Given(NamedTuple):
     """What has changed with this: open, closed, credentials, or nothing ("")."""
 
 
+class Drained(NamedTuple):
+    """What who drains a line is told."""
+
+    slots: int
+    stop: int
+    """How many slots are to be given back, for what waits and is not plain."""
+    over: bool
+    changed: str
+    requests: list[tuple[str, bytes]]
+    """Ids and messages."""
+
+
 class Lines:
     """The ways to all Airflows, in one Redis. Each method is one round trip; raises what redis-py raises."""
 
@@ -542,18 +659,18 @@ class Lines:
         connection: str,
         ceiling: int,
         what: str,
-        messages: Sequence[tuple[int, str, int, str, bytes, float, float, float | None]],
+        messages: Sequence[tuple[int, str, int, str, bytes, float, float, float | None, bool]],
     ) -> list[int]:
         """Put messages that a worker has just claimed into the line, where there is no slot for them.
 
         `client` and `held_key` are the worker's, with which it holds them. For each: its tag there, task id,
         retries, queue list, the message, the seconds that it is moved forward, those after which it gives up,
-        and when it expires. Returns the tags of those that are in the line now.
+        when it expires, and whether who drains the line may take it. Returns the tags of those in line now.
         """
         keys = (line_key(connection), called_key(connection), slots_key(connection), airflow_key(connection))
         args: list[Any] = [connection, ceiling, what]
-        for *first, expires in messages:
-            args += (*first, "" if expires is None else f"{expires:.6f}")
+        for *first, expires, plain in messages:
+            args += (*first, "" if expires is None else f"{expires:.6f}", int(plain))
         return [int(tag) for tag in DIVERT.run(client, (*keys, held_key), args)]
 
     def give(
@@ -602,13 +719,58 @@ class Lines:
         """Keep slots for `SLOT_S` more; return how many there still were."""
         return int(RENEW.run(self._client, (slots_key(connection),), tokens)) if tokens else 0
 
-    def tick(self, connections: Iterable[tuple[str, str]], *, probe_s: float) -> list[str]:
-        """Call what there is room for; return the connections that the caller is to probe, within `probe_s`.
+    def drain(
+        self,
+        connection: str,
+        name: str,
+        held_key: str,
+        leases_key: str,
+        *,
+        lease_s: float,
+        ended: Sequence[str],
+        done: Iterable[tuple[str, Verdict, float]],
+        fingerprint: str,
+        slots: int,
+        token: str,
+        requests: int,
+        late_s: float = 30.0,
+    ) -> Drained:
+        """Take plain requests of a line into a worker's own hands, and slots for them; see DRAIN.
+
+        `name`, `held_key`, `leases_key`: as whom the worker holds them, so that others put them back when its
+        lease of `lease_s` has run out. `ended`: what it need not hold any more; `done` as for `give`.
+        """
+        keys = (
+            line_key(connection),
+            called_key(connection),
+            slots_key(connection),
+            airflow_key(connection),
+            held_key,
+            leases_key,
+        )
+        args: list[Any] = [connection, fingerprint, "", slots, "", token, late_s, requests, name, lease_s]
+        args += (len(ended), *ended)
+        for one, verdict, took_s in done:
+            args += (one, verdict, f"{took_s:.4f}")
+        count, stop, over, changed, *flat = DRAIN.run(self._client, keys, args)
+        found = [(_text(flat[i]), flat[i + 1]) for i in range(0, len(flat), 2)]
+        return Drained(int(count), int(stop), bool(int(over)), _text(changed), found)
+
+    def put_back(self, connection: str, held_key: str, requests: Iterable[tuple[str, bool]]) -> None:
+        """Put back what `drain` has taken, to the front of its queue; those marked are begun next."""
+        flat = [text for task_id, begin in requests for text in (task_id, int(begin))]
+        if flat:
+            RETURN.run(self._client, (held_key, called_key(connection)), flat)
+
+    def tick(self, connections: Iterable[tuple[str, str]], *, probe_s: float) -> tuple[list[str], list[str]]:
+        """Call what there is room for. Return the connections that the caller is to probe, within `probe_s`,
+        and those with plain requests in their line that nobody drains.
 
         `connections`: each with the fingerprint of the caller's credentials.
         """
         pairs = [text for pair in connections for text in pair]
-        return [_text(one) for one in TICK.run(self._client, (), (probe_s, *pairs))]
+        probes, idle = TICK.run(self._client, (), (probe_s, *pairs))
+        return [_text(one) for one in probes], [_text(one) for one in idle]
 
     def probed(
         self,

@@ -30,6 +30,9 @@ CALL_S: Final = 5.0
 TASK_LINE: Final = "dagrelay:line:"
 """What the key of a connection's line begins with."""
 
+GATE_LINE: Final = "dagrelay:gate:"
+"""What the key of a line at a DAG's gate begins with: `<connection>:<DAG>:<class>` follows, see `gates`."""
+
 THREAD: Final = "\1"
 """What a member of a line begins with that is no task, but a slot's token: a thread waits for it."""
 
@@ -85,32 +88,44 @@ local function room(conn)
   local limit = math.floor(tonumber(known[1] or known[2] or 1) + 1e-6)
   return limit - redis.call('ZCARD', slots) - redis.call('ZCARD', called)
 end
+local function grant(conn, member)
+  local token = string.sub(member, 2)
+  redis.call('ZADD', 'dagrelay:slots:' .. conn, string.format('%.6f', now + """
+    + str(SLOT_S)
+    + """), token)
+  redis.call('RPUSH', 'dagrelay:granted:' .. token, '1')
+  redis.call('EXPIRE', 'dagrelay:granted:' .. token, 60)
+end
+local function call(conn, id, value)
+  send_on(id, value)
+  redis.call('ZADD', 'dagrelay:called:' .. conn, string.format('%.6f', now + """
+    + str(CALL_S)
+    + """), id)
+end
 local function pump(conn)
   local line = '"""
     + TASK_LINE
     + """' .. conn
   if redis.call('EXISTS', line) == 0 then return 0 end
   local free, sent = room(conn), 0
+  if free <= 0 then return 0 end
+  local drained = tonumber(redis.call('HGET', 'dagrelay:airflow:' .. conn, 'drained_until') or 0) > now
   while sent < free do
-    local id = redis.call('ZPOPMIN', line)[1]
+    local id = redis.call('ZRANGE', line, 0, 0)[1]
     if not id then break end
     if string.sub(id, 1, 1) == '\\1' then
-      redis.call('ZADD', 'dagrelay:slots:' .. conn, string.format('%.6f', now + """
-    + str(SLOT_S)
-    + """), string.sub(id, 2))
-      redis.call('RPUSH', 'dagrelay:granted:' .. string.sub(id, 2), '1')
-      redis.call('EXPIRE', 'dagrelay:granted:' .. string.sub(id, 2), 60)
+      grant(conn, id)
       sent = sent + 1
     else
       local value = redis.call('HGET', 'dagrelay:parked', id)
+      -- A plain request is taken by who drains the line: see `lines.DRAIN`.
+      if value and drained and redis.call('HEXISTS', 'dagrelay:record:' .. id, 'plain') == 1 then break end
       if value then
-        send_on(id, value)
-        redis.call('ZADD', 'dagrelay:called:' .. conn, string.format('%.6f', now + """
-    + str(CALL_S)
-    + """), id)
+        call(conn, id, value)
         sent = sent + 1
       end
     end
+    redis.call('ZREM', line, id)
   end
   return sent
 end

@@ -35,9 +35,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from .parking import GATE_LINE, PARKING, TASK_LINE
 from .parking import MAX_SEEN as MAX_SEEN
 from .parking import PARKED as PARKED
-from .parking import PARKING, TASK_LINE
 from .records import KEEP_S, Script
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ local there = redis.call('HGET', parked, id)
 if there and epoch_of(there) > epoch then return 'stale' end
 if redis.call('ZSCORE', KEYS[5], id) then return 'cancelled' end
 if line == '' then redis.call('LTRIM', seen, ARGV[6], -1) end
-redis.call('HDEL', record, 'line', 'held_at')
+redis.call('HDEL', record, 'line', 'held_at', 'plain')
 if known[3] and known[3] ~= group and known[3] ~= '' then
   redis.call('ZREM', 'dagrelay:looks:' .. known[3], id)
 end
@@ -132,6 +132,13 @@ if line ~= '' then
   local from = tonumber(redis.call('HGET', record, 'due_at'))
   redis.call('ZADD', line, string.format('%.6f', from - ARGV[11]), id)
   if conn then pump(conn) end
+  local airflow, dag, class = string.match(line, '^"""
+    + GATE_LINE
+    + """([^:]*):([^:]*):([^:]*)$')
+  if airflow then
+    redis.call('SADD', 'dagrelay:gate-lines:' .. airflow .. ':' .. dag, class)
+    redis.call('ZADD', 'dagrelay:gates:' .. airflow, 'NX', now_text, dag)
+  end
 end
 return 'parked'
 """
