@@ -22,7 +22,7 @@ from .contract import (
     shown_message,
     shown_poll,
 )
-from .desk import Choice, RunSeen, checked, fields_of, goes_back, pinned_fields, run_of, why_not
+from .desk import Choice, RunSeen, checked, fields_to_edit, goes_back, pinned_fields, run_of, why_not
 from .errors import AlreadyReplayed, DeadLetterUnknown, InvalidRequest, ResultNotReady
 from .exits import EX_DATAERR, EX_FAILED, EX_NOINPUT, EX_TEMPFAIL, fail, told
 from .stores.dead import Filter, Letter
@@ -363,7 +363,7 @@ def replay(ids: tuple[str, ...], everything: bool, **options: Any) -> None:
         again = letter.replayed_as is not None
         problem = f"it was replayed already, as {letter.replayed_as}" if again else why_not(letter)
         plans.append(_Plan(letter, None if problem else run_of(letter), problem))
-    _send(relay, plans, how)
+    _send(relay, plans, how, by_ids=bool(ids))
 
 
 @dead.command()
@@ -395,14 +395,14 @@ def edit(
         fail(str(DeadLetterUnknown(letter_id)), EX_NOINPUT)
     if letter.replayed_as is not None:
         fail(str(AlreadyReplayed(letter_id, letter.replayed_as)), EX_FAILED)
-    before = fields_of(letter)
+    before = changed_fields(letter, (), ())
     fields = changed_fields(letter, changes, removed)
     if editor:
         fields = _edited(letter, fields)
     request = checked(letter, fields)
     changed = sorted(name for name in {*before, *fields} if before.get(name) != fields.get(name))
     click.echo(f"changed: {', '.join(changed) or 'nothing'}", err=True)
-    _send(relay, [_Plan(letter, run_of(letter, request))], how, fields)
+    _send(relay, [_Plan(letter, run_of(letter, request))], how, by_ids=True, changed=fields)
 
 
 def changed_fields(letter: Letter, changes: Sequence[str], removed: Sequence[str]) -> dict[str, Any]:
@@ -410,7 +410,7 @@ def changed_fields(letter: Letter, changes: Sequence[str], removed: Sequence[str
 
     The run id stays what it was, unless the request gets a key or another run id, or it is taken out.
     """
-    fields: dict[str, Any] = json.loads(json.dumps(fields_of(letter, pinned=False)))
+    fields: dict[str, Any] = json.loads(json.dumps(fields_to_edit(letter)))
     for change in changes:
         path, sign, text = change.partition("=")
         if not sign or not path:
@@ -524,9 +524,14 @@ def _split(options: dict[str, Any]) -> tuple[_How, dict[str, Any]]:
 
 
 def _send(
-    relay: RelayClient, plans: Sequence[_Plan], how: _How, changed: dict[str, Any] | None = None
+    relay: RelayClient,
+    plans: Sequence[_Plan],
+    how: _How,
+    *,
+    by_ids: bool,
+    changed: dict[str, Any] | None = None,
 ) -> None:
-    """Say what would happen, ask, and do it. Ends with 1 if any of it was not done."""
+    """Say what would happen, ask, and do it. Ends with 1 if what was said was not done, or an id was left."""
     plans = _looked(relay, plans, how)
     choice = how.if_exists
     there = sum(plan.exists for plan in plans)
@@ -564,7 +569,7 @@ def _send(
             click.echo(f"{one.letter_id} replayed as {one.task_id}")
         else:
             click.echo(f"dagrelay: {one.letter_id}: {one.error}", err=True)
-    if len(ready) < len(plans) or any(one.error for one in sent):
+    if (by_ids and len(ready) < len(plans)) or any(one.error for one in sent):
         sys.exit(EX_FAILED)
 
 

@@ -297,6 +297,17 @@ def fields_of(letter: Letter, *, pinned: bool = True) -> dict[str, Any]:
     return pinned_fields(letter, merged) if pinned and task == TRIGGER_DAG else merged
 
 
+def fields_to_edit(letter: Letter) -> dict[str, Any]:
+    """Return the fields as they were asked for; what came by position is left out where it contradicts them.
+
+    Raises NotReplayable.
+    """
+    try:
+        return fields_of(letter, pinned=False)
+    except InvalidRequest:
+        return TriggerRequest.fields_of((letter.request or {})["kwargs"])
+
+
 def pinned_fields(letter: Letter, given: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a trigger with the run id that the letter's request had, unless it has a key."""
     if given.get("key") is not None or given.get("dag_run_id") is not None:

@@ -315,7 +315,9 @@ def test_a_part_of_a_fan_out_lies_there_with_its_request_and_names_it(relay, wor
     assert worked.runs["strict", run.dag_run_id]["conf"] == {"day": CANARY}
 
 
-def test_a_broken_fan_out_lies_there_and_each_of_its_requests_can_be_sent_again(relay, start_worker, airflow):
+def test_a_broken_fan_out_lies_there_and_each_of_its_requests_can_be_sent_again(
+    relay, start_worker, airflow, dagrelay
+):
     fan = fan_out([{"dag_id": "daily_sales", "conf": {"n": n}} for n in range(3)], relay=relay)
     relay.redis.delete("triggers")  # somebody purged the queue
     relay.redis.zadd("dagrelay:due", {watch_id(fan.id): 0}, xx=True)
@@ -326,8 +328,11 @@ def test_a_broken_fan_out_lies_there_and_each_of_its_requests_can_be_sent_again(
     assert letters.keys() == {fan.id, *(handle.id for handle in fan.handles)}
     with pytest.raises(NotReplayable, match="letters of their own"):
         relay.dead.replay(fan.id)
-    for handle in fan.handles:
-        relay.dead.replay(handle.id).get(timeout=20)
+    told = dagrelay("dead", "replay", "--fan-out", fan.id, "--yes")
+    assert told.exit_code == OK
+    assert "it is a whole fan-out" in told.stderr
+    for line in told.stdout.splitlines():
+        relay.handle(line.split()[-1]).get(timeout=20)
     assert sorted(run["conf"]["n"] for run in airflow.runs.values()) == [0, 1, 2]
 
 

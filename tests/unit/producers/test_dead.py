@@ -169,6 +169,12 @@ def test_a_change_that_is_nowhere_is_told_by_its_path(change, words):
         changed_fields(letter({"dag_id": "d", "conf": {"a": 1, "list": []}}), [change], [])
 
 
+def test_what_contradicts_itself_can_be_mended():
+    one = letter({"dag_id": "d", "conf": {"a": 1}, "key": "k"}, {"b": 2})
+
+    assert changed_fields(one, ["conf.a=3"], []) == {"dag_id": "d", "conf": {"a": 3}, "key": "k"}
+
+
 def test_the_words_of_an_error_that_is_not_ours_are_not_listed():
     ours = Letter("a", 1.0, error="GaveUp", reason="gave up", error_args=[1, "x"])
     foreign = Letter("b", 1.0, error="KeyError", reason="KeyError: 'c4n4ry'", error_args=["c4n4ry"])
