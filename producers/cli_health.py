@@ -308,7 +308,7 @@ def _of_fan_outs(client: Redis, readings: Readings, limits: Limits) -> Iterator[
         value: Any = client.hget("dagrelay:parked", raw)
         if value is None:
             continue
-        watched = json.loads(json.loads(value.split(b"\0", 3)[3])["body"])[1]
+        watched = arguments_of(value.split(b"\0", 3)[3])
         fan_out_id, still = str(watched.get("fan_out_id")), int(watched.get("still") or 0)
         state = store.get(fan_out_id) if still >= limits.fan_out_looks else None
         if state is None:
@@ -331,6 +331,16 @@ def _of_fan_outs(client: Redis, readings: Readings, limits: Limits) -> Iterator[
                 f"see `make quarantine`, and dagrelay status {stuck[0] if stuck else fan_out_id}; "
                 f"dagrelay cancel {fan_out_id} ends it",
             )
+
+
+def arguments_of(message: bytes) -> dict[str, Any]:
+    """Return the keyword arguments of a Celery message; kombu's own have their body in base64."""
+    envelope = json.loads(message)
+    body = envelope["body"]
+    if envelope.get("properties", {}).get("body_encoding") == "base64":
+        body = base64.b64decode(body)
+    found = json.loads(body)[1]
+    return dict(found)
 
 
 _ID = re.compile(rb'"id": ?"([^"\\]{1,200})"')
