@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, NoReturn, Protocol
 
 from celery.utils.log import get_logger
@@ -52,10 +53,11 @@ from .again import BACKOFF_CAP_S as BACKOFF_CAP_S
 from .again import NEWER_RETRY_S as NEWER_RETRY_S
 from .again import backoff_s, leave_newer, on_record, redelivered, redis_now
 from .again import retry as _retry
-from .airflow.client import DagRunExists, RunView, as_dag_run
+from .airflow.client import DagRunExists, DagView, RunView, as_dag_run
 from .airflow.connections import AirflowConnection
 from .airflow.run_looks import ENDED, next_look_in_s
 from .app import RelayRequest, RelayTask, app, backend, records, waits
+from .gates import hand_over
 from .results import NotHandedOver
 from .settings import settings
 from .slots import BUSY_S, Busy, NoTurn, Turn, thread_turn
@@ -89,6 +91,9 @@ class Airflow(Protocol):
     def clear_dag_run(self, dag_id: str, run_id: str) -> object: ...
     def set_note(self, dag_id: str, run_id: str, note: str) -> object: ...
     def fail_dag_run(self, dag_id: str, run_id: str) -> object: ...
+    def get_dag(self, dag_id: str) -> DagView: ...
+    def count_unfinished_runs(self, dag_id: str) -> int: ...
+    def unpause_dag(self, dag_id: str) -> object: ...
     def get_xcom(self, dag_id: str, run_id: str, task_id: str) -> Any: ...
 
 
@@ -151,7 +156,14 @@ def trigger_dag(self: Any, *before: Any, **message: Any) -> dict[str, Any]:
             made = _made_so_far(message)
             if made is not None:
                 return _when_ended(self, request, made, turn, airflow)
-            run = start_run(request, task_id=task_id, asked=asked, airflow=airflow)
+            run = hand_over(
+                self,
+                request,
+                turn,
+                airflow,
+                start=partial(start_run, request, task_id=task_id, asked=asked, airflow=airflow),
+                look=partial(there_already, request, task_id=task_id, airflow=airflow),
+            )
     except Busy as exc:
         raise _retry(self, exc, BUSY_S) from exc
     except NoTurn as exc:
@@ -395,6 +407,19 @@ def start_run(request: TriggerRequest, *, task_id: str, asked: Asked, airflow: A
             raise
         return settle_existing(request, existing, task_id=task_id, airflow=airflow)
     return as_dag_run(view, airflow.connection, created=True)
+
+
+def there_already(request: TriggerRequest, *, task_id: str, airflow: Airflow) -> DagRun | None:
+    """Return the run of a request that is held back, if there is one: what `start_run` would find.
+
+    One that has ended and is to be cleared needs a place as a new one does.
+    """
+    existing = airflow.get_dag_run(request.dag_id, request.run_id_for(task_id))
+    if existing is None:
+        return None
+    if request.if_exists == "clear" and existing.state in ENDED and not names(existing.note, task_id):
+        return None
+    return settle_existing(request, existing, task_id=task_id, airflow=airflow)
 
 
 def settle_existing(request: TriggerRequest, existing: RunView, *, task_id: str, airflow: Airflow) -> DagRun:

@@ -1,9 +1,9 @@
 """An Airflow that is only an HTTP server, with the faults of a real one, on demand.
 
-It speaks enough of the API of Airflow 3 for a worker: version, token, trigger, get, list, clear, note, state,
-what tasks returned, delete. Runs are kept by (dag id, run id), one each, as Airflow's unique constraint keeps
-them. A fault decides for each POST of a run what becomes of it: see `Fault`. For tests and benchmarks; it
-measures nothing.
+It speaks enough of the API of Airflow 3 for a worker: version, token, trigger, get, list, count, clear,
+note, state, what tasks returned, delete; of a DAG whether it is paused. Runs are kept by (dag id, run id), one
+each, as Airflow's unique constraint keeps them. A fault decides for each POST of a run what becomes of it: see
+`Fault`. For tests and benchmarks; it measures nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ class FakeAirflow:
     (dag id, run id) to the run; `posts` counts the POSTs for each. `missing` and `broken` hold DAG ids.
     `returned` maps (dag id, run id, task id) to what a task returned, or to "mapped". `lists` counts list
     calls, `gets` the GETs of each run; while `silent`, questions about runs are answered with 503. `traces`
-    maps (dag id, run id) to the `traceparent` with which it was last asked for.
+    maps (dag id, run id) to the `traceparent` with which it was last asked for. `dags` maps DAG ids to what
+    is shown of them; any other is not paused. `asked` counts the questions about each, and `unpaused` how
+    often one was unpaused, which `may_unpause` allows. `most_unfinished` is the most runs of one of `dags` that
+    were ever queued or running together.
     """
 
     username, password, token = "admin", "adminpw", "a-token"
@@ -69,6 +72,11 @@ class FakeAirflow:
         self.gets: Counter[tuple[str, str]] = Counter()
         self.traces: dict[tuple[str, str], str | None] = {}
         self.silent = False
+        self.dags: dict[str, dict[str, Any]] = {}
+        self.asked: Counter[str] = Counter()
+        self.unpaused: Counter[str] = Counter()
+        self.may_unpause = True
+        self.most_unfinished: Counter[str] = Counter()
         self.cleared: Counter[tuple[str, str]] = Counter()
         self.in_flight = self.most_in_flight = 0
         self.delay_s = 0.0
@@ -124,6 +132,15 @@ class FakeAirflow:
         self.runs[dag_id, run_id] = run
         return run
 
+    def dag(self, dag_id: str) -> dict[str, Any]:
+        """A DAG as it is shown."""
+        return {"dag_id": dag_id, "is_paused": False, "max_active_runs": 16, **self.dags.get(dag_id, {})}
+
+    def unfinished(self, dag_id: str) -> list[dict[str, Any]]:
+        """The runs of a DAG that are queued or running, the first first."""
+        runs = [run for (dag, _), run in list(self.runs.items()) if dag == dag_id]
+        return [run for run in runs if run["state"] in ("queued", "running")]
+
     def create(self, dag_id: str, body: dict[str, Any]) -> tuple[Fault, int, Any]:
         """Handle one POST of a run; return the fault, the status and the body of the answer."""
         run_id = body["dag_run_id"]
@@ -149,6 +166,9 @@ class FakeAirflow:
             run = self.make(
                 dag_id, run_id, conf=body.get("conf") or {}, logical_date=date, note=body.get("note")
             )
+            if dag_id in self.dags:  # of thousands of runs of another it would take long to count
+                count = len(self.unfinished(dag_id))
+                self.most_unfinished[dag_id] = max(self.most_unfinished[dag_id], count)
             return fault, 500 if fault == "500" else 200, run if fault != "500" else {"detail": "overload"}
 
 
@@ -212,13 +232,19 @@ class _Handler(BaseHTTPRequestHandler):
                 self._reply(200, {"dags": [], "total_entries": 0})
             case "POST", ["api", "v2", "dags", dag_id, "dagRuns"]:
                 self._create(dag_id, body)
-            case "GET", ["api", "v2", "dags", dag_id, "dagRuns"]:
+            case "GET", ["api", "v2", "dags", dag_id, "dagRuns"] if "state=" not in self.path:
                 found = [run for (dag, _), run in airflow.runs.items() if dag == dag_id]
                 if "logical_date" in self.path:
                     found = [run for run in found if run["logical_date"]]
                 self._reply(200, {"dag_runs": found, "total_entries": len(found)})
             case _, ["api", "v2", "dags", *_] if airflow.silent:
                 self._reply(503, {"detail": "busy"})
+            case "GET", ["api", "v2", "dags", dag_id, "dagRuns"]:
+                with airflow._lock:
+                    count = len(airflow.unfinished(dag_id))
+                self._reply(200, {"dag_runs": [], "total_entries": count})
+            case _, ["api", "v2", "dags", dag_id]:
+                self._dag(method, dag_id, body)
             case "POST", ["api", "v2", "dags", "~", "dagRuns", "list"]:
                 airflow.lists += 1
                 self._reply(200, self._listed(body))
@@ -241,6 +267,21 @@ class _Handler(BaseHTTPRequestHandler):
                 self._reply(200, run)
             case _:
                 self._reply(404, {"detail": "Not Found"})
+
+    def _dag(self, method: str, dag_id: str, body: dict[str, Any]) -> None:
+        """Show a DAG, or change it."""
+        airflow = self.airflow
+        if dag_id in airflow.missing:
+            self._reply(404, {"detail": f"The Dag with ID: `{dag_id}` was not found"})
+        elif method == "GET":
+            airflow.asked[dag_id] += 1
+            self._reply(200, airflow.dag(dag_id))
+        elif not airflow.may_unpause:
+            self._reply(403, {"detail": "Forbidden"})
+        else:
+            airflow.unpaused[dag_id] += body == {"is_paused": False}
+            airflow.dags[dag_id] = airflow.dags.get(dag_id, {}) | body
+            self._reply(200, airflow.dag(dag_id))
 
     def _listed(self, body: dict[str, Any]) -> dict[str, Any]:
         found = [

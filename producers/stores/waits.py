@@ -35,6 +35,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from .gates import facts_key, waits_for_now
 from .parking import GATE_LINE, PARKING, TASK_LINE
 from .parking import MAX_SEEN as MAX_SEEN
 from .parking import PARKED as PARKED
@@ -488,7 +489,7 @@ class Waits:
         """Yield those of these tasks that are still parked, in two round trips."""
         from .records import record_key
 
-        facts = ("waits_for", "look", "seen", "progress", "reason", "service", "connection", "dag_id")
+        facts = ("waits_for", "look", "seen", "progress", "reason", "service", "connection", "dag_id", "line")
         with self._client.pipeline(transaction=False) as pipe:
             pipe.hmget(PARKED, [task_id for task_id, _ in due])
             for task_id, _ in due:
@@ -501,20 +502,26 @@ class Waits:
             ]
             for (task_id, _), fact in zip(due, known, strict=True):
                 pipe.zscore(looks_key(fact["look"] or ""), task_id)
+            in_lines = {fact["line"] or "" for fact in known}
+            gates = [line for line in in_lines if line.startswith(GATE_LINE)]
+            for line in gates:
+                pipe.hmget(facts_key(line), "paused", "limit")
             look_at = pipe.execute()
+        at_gates = {line: waits_for_now(line, *look_at.pop()) for line in reversed(gates)}
         for (task_id, due_at), value, fact, at in zip(due, values, known, look_at, strict=True):
             if value is None:
                 continue
             epoch, since, _, message = _bytes(value).split(b"\0", 3)
             headers = json.loads(message)["headers"]
             waits = bool(fact["waits_for"]) and headers.get("waiting") is not None
+            what = at_gates.get(fact["line"] or "") or fact["waits_for"] or ""
             yield Waiting(
                 task_id=task_id,
                 task=headers.get("task") or "",
                 due_at=due_at,
                 since=float(since),
                 epoch=int(epoch),
-                waits_for=(fact["waits_for"] or "") if waits else _otherwise(headers),
+                waits_for=what if waits else _otherwise(headers),
                 next_look_at=float(at) if at is not None and waits else None,
                 seen=fact["seen"],
                 progress=fact["progress"],
