@@ -160,7 +160,8 @@ def ready(client: RelayClient, node: str | None) -> tuple[int, str]:
     except BrokerUnavailable as exc:
         return EX_FAILED, f"not ready: Redis: {exc.reason}"
     now = readings_at[0] + readings_at[1] / 1e6
-    alive = {owner.decode() for owner, until in leases if until > now}
+    # host:pid:…; others are those who drain a line for a worker.
+    alive = {owner.decode() for owner, until in leases if until > now and b":" in owner}
     try:
         here = [one for one in beats.read_all() if node in (None, one.node) and one.process_there]
     except OSError:

@@ -262,7 +262,7 @@ class _Work:
             result_ttl_s=settings().result_ttl_s,
             date_done=app.now().isoformat(),
         )
-        metrics.count_trigger(self._connection.id, "started", amount=count)
+        metrics.count_started(self._connection.id, count, [job.asked_at for job in made])
         logs.outcomes(told_of(made, self._connection.id))
         for job in made:
             shown = job.request.shown_with(job.run_id)

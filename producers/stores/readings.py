@@ -42,7 +42,7 @@ READ: Final = Script(
     """
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1e6
-local function past(instant) return math.max(0, now - instant) end
+local function past(instant) return math.max(0, now - (tonumber(instant) or now)) end
 local function lies_for(message)
   local head = string.find(message, '"headers"', 1, true) or 1  -- a pattern is slow on a large body
   local id = string.match(message, '"id": ?"([^"\\\\]+)"', head)
@@ -71,7 +71,7 @@ local function lies_for(message)
   end
   local last = redis.call('LINDEX', 'dagrelay:history:' .. id, -1)
   local at = last and tonumber(string.match(last, '^%S+'))
-  if at then return past(math.max(at, known[1])), false end
+  if at then return past(math.max(at, tonumber(known[1]) or at)), false end
 end
 local function oldest_in(key, count)
   local guess
@@ -113,7 +113,11 @@ local held, alive, gone = 0, 0, 0
 local leases = redis.call('ZRANGE', 'dagrelay:leases', 0, -1, 'WITHSCORES')
 for i = 1, #leases, 2 do
   held = held + redis.call('HLEN', 'dagrelay:held:' .. leases[i])
-  if tonumber(leases[i + 1]) > now then alive = alive + 1 else gone = math.max(gone, past(leases[i + 1])) end
+  if tonumber(leases[i + 1]) <= now then
+    gone = math.max(gone, past(leases[i + 1]))
+  elseif string.find(leases[i], ':', 1, true) then  -- host:pid:…, and not who drains a line for one of those
+    alive = alive + 1
+  end
 end
 local dead, newest = redis.call('ZCARD', 'dagrelay:dead'), {}
 if dead > 0 then
