@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 
 import requests
 
@@ -50,19 +51,21 @@ def test_refused_credentials_hold_the_connection_until_the_worker_has_better_one
     before = airflow.run_ids("quiet")
     ids = stack.hand_over(*({"dag_id": "quiet", "key": f"held-{n}"} for n in range(3)))
     until(lambda: all(stack.record(one).get("state") == "waiting" for one in ids), "all waiting")
-    (hold,) = stack.redis.scan_iter(match="dagrelay:hold:default:*")
-    held, asked = stack.redis.hgetall(hold), len(proxy.calls)
-    assert held["reason"]
+    # What was in flight has come back, and a first probe has found the same.
+    until(lambda: not stack.redis.exists("dagrelay:slots:default"), "nothing in flight")
+    held = until(lambda: hold_of(stack), "held, and not to be probed for a while")
+    asked = len(proxy.calls)
+    assert held["held_reason"]
     assert any("held" in line and "ERROR" in line for line in worker.text().splitlines())
     status = stack.status(ids[0])
     assert status["state"] == "waiting"
-    assert "credentials" in status["reason"]
+    assert "credentials" in status["waits_for"]
 
     ids += stack.hand_over({"dag_id": "quiet", "key": "held-3"})
     until(lambda: stack.record(ids[-1]).get("state") == "waiting", "waiting as well")
     # Nobody asked that Airflow anything until it was time to find out.
-    assert not [call.path for call in proxy.calls[asked:] if call.at < float(held["until"])]
-    for text in (worker.text(), status["reason"], json.dumps(held)):
+    assert not [call.path for call in proxy.calls[asked:] if call.at < float(held["probe_at"])]
+    for text in (worker.text(), json.dumps(status), json.dumps(held)):
         assert "canary" not in text
 
     worker.stop()
@@ -70,6 +73,7 @@ def test_refused_credentials_hold_the_connection_until_the_worker_has_better_one
     said = stack.outcomes(ids, 90)
     assert all(one["run"]["created"] for one in said)
     assert airflow.run_ids("quiet") - before == {f"relay__held-{n}" for n in range(4)}
+    stack.account(ids, "quiet")
 
 
 def test_a_password_mended_in_airflow_ends_the_hold_by_itself(stack, airflow):
@@ -86,7 +90,14 @@ def test_a_password_mended_in_airflow_ends_the_hold_by_itself(stack, airflow):
         airflow.take_password(airflow.password)
 
     assert all(one["run"]["created"] for one in said)
-    assert not list(stack.redis.scan_iter(match="dagrelay:hold:*"))
+    assert stack.redis.hget("dagrelay:airflow:default", "held") == ""
+
+
+def hold_of(stack):
+    """What is known of a held connection, once it is some time until the next probe; else nothing."""
+    found = stack.redis.hgetall("dagrelay:airflow:default")
+    soon = time.time() + 1
+    return found if found.get("held") == "credentials" and float(found["probe_at"]) > soon else None
 
 
 def answer_to(airflow, authorization):

@@ -33,6 +33,7 @@ def test_lost_answers_and_a_proxys_pages_still_make_each_run_once(stack, airflow
     assert [call.status for call in proxy.made()].count(200) == 15
     assert len(proxy.made()) >= 15 + 12
     assert airflow.run("quiet", "relay__lost-7")["conf"] == {"n": 7}
+    stack.account([one["id"] for one in said], "quiet")
 
 
 def test_a_clear_whose_answer_was_lost_is_not_done_twice(stack, airflow):
@@ -68,7 +69,9 @@ def test_a_clear_whose_answer_was_lost_is_not_done_twice(stack, airflow):
 
 def test_airflow_that_hangs_and_makes_the_runs_when_nobody_waits_any_more_makes_each_once(stack, airflow):
     proxy = stack.proxy()
-    stack.start_worker(proxy.conn_uri(airflow.username, airflow.password) + "?read_timeout_s=1&timed_out_slot_s=1")
+    stack.start_worker(
+        proxy.conn_uri(airflow.username, airflow.password) + "?read_timeout_s=1&timed_out_slot_s=1"
+    )
     stack.trigger({"dag_id": "quiet", "key": "hang-0"})  # it has its token
     before = airflow.run_ids("quiet")
     with airflow.frozen_api():
@@ -81,12 +84,14 @@ def test_airflow_that_hangs_and_makes_the_runs_when_nobody_waits_any_more_makes_
     assert all(one["run"]["created"] for one in said)
     assert airflow.run_ids("quiet") - before == {f"relay__hang-{n}" for n in range(1, 9)}
     assert len(proxy.made()) > 9
+    stack.account(ids, "quiet")
 
 
 def test_a_request_given_up_with_its_outcome_unknown_is_corrected_when_its_run_turns_up(stack, airflow):
     proxy = stack.proxy()
     stack.start_worker(
-        proxy.conn_uri(airflow.username, airflow.password) + "?read_timeout_s=1&timed_out_slot_s=1", DAGRELAY_LOOK_UP_EVERY_S="1"
+        proxy.conn_uri(airflow.username, airflow.password) + "?read_timeout_s=1&timed_out_slot_s=1",
+        DAGRELAY_LOOK_UP_EVERY_S="1",
     )
     stack.trigger({"dag_id": "quiet", "key": "late-0"})
     with airflow.frozen_api():
@@ -100,6 +105,7 @@ def test_a_request_given_up_with_its_outcome_unknown_is_corrected_when_its_run_t
     assert (said["run"]["dag_run_id"], said["run"]["created"]) == ("relay__late-1", True)
     assert airflow.run("quiet", "relay__late-1")
     assert "corrected_at" in stack.record(said["id"])
+    stack.account([said["id"]], "quiet")
 
 
 def test_airflow_killed_while_triggers_arrive_has_each_run_once_when_it_is_back(stack, airflow):
@@ -120,6 +126,7 @@ def test_airflow_killed_while_triggers_arrive_has_each_run_once_when_it_is_back(
     assert [one["run"]["dag_run_id"] for one in said] == [f"relay__kill-{n}" for n in range(40)]
     assert all(one["run"]["created"] for one in said)
     assert airflow.run_ids("quiet") - before == expected
+    stack.account([one["id"] for one in said], "quiet")
 
 
 def test_a_worker_killed_in_the_midst_of_triggers_leaves_one_run_for_each(stack, airflow):
@@ -137,6 +144,7 @@ def test_a_worker_killed_in_the_midst_of_triggers_leaves_one_run_for_each(stack,
     assert [one["run"]["dag_run_id"] for one in said] == [f"relay__worker-{n}" for n in range(50)]
     assert all(one["run"]["created"] for one in said)
     assert airflow.run_ids("quiet") - before == {f"relay__worker-{n}" for n in range(50)}
+    stack.account(ids, "quiet")
 
 
 def test_a_dag_file_broken_and_mended_while_answers_were_lost_ends_well(stack, airflow):
@@ -178,6 +186,7 @@ def test_a_dag_file_broken_and_mended_while_answers_were_lost_ends_well(stack, a
     (said,) = stack.outcomes([pending])
     assert (said["run"]["dag_run_id"], said["run"]["created"]) == ("relay__pending", True)
     assert airflow.run_ids("fragile") - before == {"relay__committed", "relay__pending"}
+    stack.account([committed, pending], "fragile")
 
 
 @only("2")
@@ -195,6 +204,7 @@ def test_a_run_id_that_airflow_2_would_choke_on_never_reaches_it(stack, airflow)
     stack.publish_raw("past-the-door", {"v": 1, "dag_id": "quiet", "dag_run_id": "day 1/2"})
     until(lambda: stack.record("past-the-door").get("state") == "failed", "refused by the worker")
     assert stack.record("past-the-door")["error"] == "InvalidRequest"
+    stack.account(["past-the-door"], "quiet")
     assert len(proxy.made()) == 1
 
 
