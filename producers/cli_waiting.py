@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -227,6 +227,8 @@ def status(task_id: str, output: str) -> None:
     history = timeline(found, client.handle(task_id).history())
     with told_as_unavailable():
         waiting = None if found.ended else client.waits.get(task_id)
+    if waiting is not None and found.waits_for:  # at a gate it may be something else by now
+        found = replace(found, waits_for=waiting.waits_for)
     if output == "json":
         shown = found.to_json() | {"history": [{"at": at, "what": what} for at, what in history]}
         if waiting is not None:

@@ -1,9 +1,9 @@
 """An Airflow that is only an HTTP server, with the faults of a real one, on demand.
 
 It speaks enough of the API of Airflow 3 for a worker: version, token, trigger, get, list, count, clear,
-note, state, what tasks returned, delete; of a DAG whether it is paused. Runs are kept by (dag id, run id), one
-each, as Airflow's unique constraint keeps them. A fault decides for each POST of a run what becomes of it: see
-`Fault`. For tests and benchmarks; it measures nothing.
+note, state, what tasks returned, delete; of a DAG whether it is paused. Runs are kept by (dag id, run id),
+one each, as Airflow's unique constraint keeps them. A fault decides for each POST of a run what becomes of
+it: see `Fault`. For tests and benchmarks; it measures nothing.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ Fault = Literal[
 class FakeAirflow:
     """A server on a free loopback port; `with FakeAirflow() as airflow:`.
 
-    `fault(number, dag_id, run_id)` is asked for each POST of a run, numbered from 1. `runs` maps
-    (dag id, run id) to the run; `posts` counts the POSTs for each. `missing` and `broken` hold DAG ids.
-    `returned` maps (dag id, run id, task id) to what a task returned, or to "mapped". `lists` counts list
-    calls, `gets` the GETs of each run; while `silent`, questions about runs are answered with 503. `traces`
-    maps (dag id, run id) to the `traceparent` with which it was last asked for. `dags` maps DAG ids to what
-    is shown of them; any other is not paused. `asked` counts the questions about each, and `unpaused` how
-    often one was unpaused, which `may_unpause` allows. `most_unfinished` is the most runs of one of `dags` that
-    were ever queued or running together.
+    `fault(number, dag_id, run_id)` is asked for each POST of a run, numbered from 1. `runs` maps (dag id,
+    run id) to the run; `posts` counts the POSTs for each. `missing` and `broken` hold DAG ids. `returned`
+    maps (dag id, run id, task id) to what a task returned, or to "mapped". `lists` counts list calls,
+    `gets` the GETs of each run; while `silent`, questions about runs are answered with 503. `traces` maps
+    (dag id, run id) to the `traceparent` with which it was last asked for. `dags` maps DAG ids to what is
+    shown of them; any other is not paused. `asked` counts the questions about each, and `unpaused` how
+    often one was unpaused, which `may_unpause` allows. `most_unfinished` is the most runs of one of
+    `dags` that were ever queued or running together.
     """
 
     username, password, token = "admin", "adminpw", "a-token"
