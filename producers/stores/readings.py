@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from ..contract import QUEUE_JOBS, QUEUE_LOOKS, QUEUE_TRIGGERS
+from .gates import Gates
 from .lines import Lines, LineState
 from .parking import CALL_S, TASK_LINE
 from .records import Script
@@ -167,6 +168,8 @@ class Readings:
     parked: int
     late_s: float
     """How long the first of what is parked has been due."""
+    gated: int
+    """Tasks that wait at the gates of DAGs."""
     looks: Mapping[str, Looks]
     lines: Mapping[str, LineState]
     dead: int
@@ -184,11 +187,13 @@ class Readings:
     def waiting(self) -> dict[str, int]:
         """Return how many tasks wait in Redis, by what for.
 
-        `slot`: their turn at an Airflow. `run`, `job`: the end of a DAG run or of an outside job, which is
-        looked at. `time`: all else, a retry or a countdown, a wake, the parts of a fan-out.
+        `slot`: their turn at an Airflow. `gate`: a DAG is paused, or its window is full. `run`, `job`: the
+        end of a DAG run or of an outside job, which is looked at. `time`: all else, a retry or a countdown, a
+        wake, the parts of a fan-out.
         """
         found = {
             "slot": sum(line.waiting for line in self.lines.values()),
+            "gate": self.gated,
             "run": sum(one.followed for group, one in self.looks.items() if group.startswith("airflow:")),
             "job": sum(one.followed for group, one in self.looks.items() if group.startswith("service:")),
         }
@@ -214,6 +219,7 @@ def read(client: Redis) -> Readings:
         },
         parked=found["parked"],
         late_s=float(found["late"]),
+        gated=Gates(client).waiting(),
         looks={group: Looks(count, float(late)) for group, count, late in found["looks"]},
         lines={name: lines.state(name) for name in lines.names()},
         dead=found["dead"],

@@ -33,6 +33,7 @@ from tests.unit.test_monitoring import dashboard_expressions
 from tests.worker import Worker
 
 TRIGGERS, REQUESTS = "dagrelay_triggers_total", "dagrelay_airflow_requests_total"
+DEFAULT = 'connection="default"'
 CONF_VALUE, DAG_ID, KEY = "c4n4ry-conf", "c4n4ry-dag", "c4n4ry-key"
 
 Start = Callable[..., tuple[Worker, int]]
@@ -43,7 +44,7 @@ def start(valkey: Valkey, airflow: FakeAirflow, tmp_path: Path) -> Iterator[Star
     """Start a worker that serves its metrics; return it with its port."""
     with ExitStack() as stack:
 
-        def begin(name: str = "w1", *options: str, **env: str) -> tuple[Worker, int]:
+        def begin(name: str = "w1", *options: str, extras: str = "", **env: str) -> tuple[Worker, int]:
             port = free_port()
             env = {"DAGRELAY_METRICS_PORT": str(port), "DAGRELAY_METRICS_HOST": "127.0.0.1", **env}
             worker = Worker(
@@ -51,7 +52,7 @@ def start(valkey: Valkey, airflow: FakeAirflow, tmp_path: Path) -> Iterator[Star
                 tmp_path,
                 name=name,
                 options=options,
-                connections={"default": f"{airflow.conn_uri}/?read_timeout_s=1"},
+                connections={"default": f"{airflow.conn_uri}/?read_timeout_s=1{extras}"},
                 DAGRELAY_RETRY_CAP_S="0.3",
                 DAGRELAY_MISSING_GRACE_S="0.5",
                 **env,
@@ -121,6 +122,23 @@ def test_what_was_done_is_counted_once_in_every_pool(start, relay, airflow, pool
     again = scrape_until(port, lambda found: len(of(found, "dagrelay_dead_letters")) == 2)
     assert of(again, "dagrelay_dead_letters") == {'error="RunConflict"': 1, 'error="RequestRejected"': 1}
     assert of(again, TRIGGERS) == of(found, TRIGGERS)
+
+
+def test_a_line_that_is_drained_is_counted_too(start, relay, airflow):
+    """What ends in bulk, without a Celery task for each."""
+    airflow.delay_s = 0.3
+    _, port = start(extras="&max_in_flight=2")
+    handles = relay.enqueue_many(TriggerRequest(dag_id="good") for _ in range(300))
+    found = scrape_until(port, lambda found: "dagrelay_airflow_line{" in str(found))
+    assert of(found, "dagrelay_waiting")['reason="slot"'] == of(found, "dagrelay_airflow_line")[DEFAULT]
+    assert of(found, "dagrelay_airflow_in_flight")[DEFAULT] <= of(found, "dagrelay_airflow_limit")[DEFAULT]
+    airflow.delay_s = 0.0
+    for handle in handles:
+        handle.get(timeout=60)
+    found = scrape_until(port, lambda found: ended(found) == 300)
+    assert of(found, TRIGGERS) == {f'{DEFAULT},outcome="started"': 300}
+    assert of(found, "dagrelay_trigger_seconds_count") == {DEFAULT: 300}
+    assert of(found, REQUESTS)[f'{DEFAULT},kind="trigger",status="2xx"'] == sum(airflow.posts.values()) == 300
 
 
 def test_fan_outs_jobs_and_looks_are_counted(start, relay, airflow):

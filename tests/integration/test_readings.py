@@ -10,7 +10,7 @@ import pytest
 from producers.client import RelayClient
 from producers.contract import TriggerRequest
 from producers.stores.parking import CALL_S
-from producers.stores.readings import OLDER, read
+from producers.stores.readings import LOOK_GROUPS, OLDER, read
 from tests.plain_worker import message
 
 
@@ -108,6 +108,23 @@ def test_part_of_a_fan_out_counts_from_the_fan_outs_acceptance(client):
     client.hset("dagrelay:record:abc", "due_at", now(client) - 25)
     client.lpush("triggers", message("tasks.trigger_chunk", task_id="abc.7"))
     assert age_of(client) == pytest.approx(25, abs=5)
+
+
+def test_what_waits_is_told_by_what_for(client):
+    client.sadd("dagrelay:airflows", "eu")
+    client.sadd(LOOK_GROUPS, "airflow:eu", "service:train")
+    client.zadd("dagrelay:line:eu", {"a": 1, "b": 2})
+    client.zadd("dagrelay:gates:eu", {"dag": 1})
+    client.sadd("dagrelay:gate-lines:eu:dag", "hold,2", "trigger,1")
+    client.zadd("dagrelay:gate:eu:dag:hold,2", {"c": 1, "d": 2})
+    client.zadd("dagrelay:gate:eu:dag:trigger,1", {"e": 1})
+    client.zadd("dagrelay:looks:airflow:eu", {"f": 1, "g": 2, "h": 3, "i": 4})
+    client.zadd("dagrelay:looks:service:train", {"j": now(client) + 60})
+    client.zadd("dagrelay:due", dict.fromkeys("abcdefghijklmn", now(client) + 600))
+    found = read(client)
+    assert found.waiting == {"slot": 2, "gate": 3, "run": 4, "job": 1, "time": 4}
+    assert found.looks["service:train"].late_s == 0
+    assert found.looks["airflow:eu"].followed == 4
 
 
 def test_what_is_due_and_lies_there_is_late_but_not_what_was_just_woken(client):
