@@ -49,8 +49,8 @@ SPEAKABLE: Final = ("producers", "tasks", "redis", "kombu")
 """Packages whose exceptions say nothing that must not be in a log; so do the operating system's."""
 
 MAX_FIELD: Final = 1000
-MAX_MESSAGE: Final = 4000
-MAX_TRACEBACK: Final = 8000
+MAX_MESSAGE: Final = 2000
+MAX_TRACEBACK: Final = 6000
 """In characters: Docker and others cut what is longer than 16 KB into several lines."""
 
 log = logging.getLogger("dagrelay.outcome")

@@ -110,6 +110,8 @@ def _begun(otel: Any, task: Any, caller: Trace | None, task_id: str, kwargs: Any
         "dagrelay.attempt": int((request or {}).get("retries") or 0) + 1,
     }
     if isinstance(kwargs, Mapping):
+        if isinstance(kwargs.get("dag_id"), str):
+            attributes["dagrelay.connection"] = "default"
         for name in ("dag_id", "connection", "service", "fan_out_id"):
             if isinstance(kwargs.get(name), str):
                 attributes[f"dagrelay.{name}"] = kwargs[name][:250]

@@ -221,6 +221,7 @@ def test_a_worker_with_opentelemetry_tells_it_each_attempt(relay, airflow, start
         assert one["context"]["trace_id"] == f"0x{TRACE_ID}"
         assert one["parent_id"] == "0xb7ad6b7169203331"
         assert one["attributes"]["dagrelay.dag_id"] == "daily_sales"
+        assert one["attributes"]["dagrelay.connection"] == "default"
         assert one["attributes"]["dagrelay.attempt"] == number
         assert one["attributes"]["messaging.message.id"] == handle.id
     # Airflow is asked by the attempt, and the note names the caller.

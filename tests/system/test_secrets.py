@@ -19,8 +19,9 @@ CANARY = "kanarienvogel-conf-7f3a"
 FLOWER_PASSWORD = "kanarienvogel-flower-51c2"
 CONF = {"password": CANARY, "deep": [{CANARY[:6]: f"x{CANARY}y"}], "n": 1}
 LOGIN = {"Authorization": "Basic " + base64.b64encode(f"dagrelay:{FLOWER_PASSWORD}".encode()).decode()}
-# Where a message itself lies until it is done.
-MESSAGES = ("triggers", "jobs", "looks", "dagrelay:parked", "dagrelay:held:", "dagrelay:hand:")
+# Where a message itself lies until it is done; and what failed for good, until somebody has seen to it.
+LETTERS = "dagrelay:dead:"
+MESSAGES = ("triggers", "jobs", "looks", "dagrelay:parked", "dagrelay:held:", "dagrelay:hand:", LETTERS)
 
 
 class Listening:
@@ -107,8 +108,12 @@ def test_a_secret_in_the_conf_is_nowhere_after_success_retry_rejection_and_failu
         "worker's log": worker.text(),
         "Flower's log": (stack.folder / "flower.log").read_text(),
         "Redis while some wait": seen_waiting,
-        "Redis at the end, messages and all": dump(stack.redis),
+        "Redis at the end, messages and all": dump(stack.redis, but=(LETTERS,)),
         "published": listening.stop(),
+        "the desk": "\n".join(
+            stack.dagrelay("dead", *arguments).stdout
+            for arguments in (("list",), ("list", "-o", "json"), ("show", all_ids[2]), ("show", all_ids[5]))
+        ),
         "status": "\n".join(stack.dagrelay("status", one).stdout for one in (all_ids[2], all_ids[4])),
     } | {path: page(flower + path) or "" for path in flower_pages(all_ids)}
     for name, text in places.items():
