@@ -11,7 +11,7 @@ export UV_SYSTEM_CERTS ?= true
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-check up down worker flower airflow trigger doctor status parked wake cancel quarantine
+.PHONY: help demo demo-check up down worker flower airflow trigger doctor health status parked wake cancel quarantine
 .PHONY: test lint format types bench lock clean
 
 # Make would read a `$$` in them as its own; they go on as written, in the environment, never in a command.
@@ -81,6 +81,9 @@ quarantine: $(READY)  ## messages that no worker could read
 
 doctor: $(READY)  ## the effective settings, with every dependency tried
 	@$(REDIS) exec $(VENV)/bin/dagrelay doctor
+
+health: $(READY)  ## is anything stuck, and what to do about it
+	@$(REDIS) exec $(VENV)/bin/dagrelay health --progress
 
 test: $(READY)  ## the tests: unit, integration, system ([ARGS='tests/unit -x'])
 	@exec $(PY) -m pytest $(if $(ARGS),$(ARGS),$(wildcard tests/unit tests/integration tests/system))

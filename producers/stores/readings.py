@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
+
+from redis.exceptions import ResponseError
 
 from ..contract import QUEUE_JOBS, QUEUE_LOOKS, QUEUE_TRIGGERS
 from .gates import Gates
@@ -180,8 +183,9 @@ class Readings:
     """Those that have gone unseen, because there were too many."""
     quarantined: int
     used_bytes: int
+    """What Redis uses; 0 where it does not tell."""
     most_bytes: int
-    """What Redis may use; 0 where it has no limit."""
+    """What it may use; 0 where it has no limit, or does not tell."""
 
     @property
     def waiting(self) -> dict[str, int]:
@@ -204,7 +208,9 @@ def read(client: Redis) -> Readings:
     """Return how everything stands. Raises what redis-py raises."""
     found = json.loads(READ.run(client, (), QUEUES))
     lines = Lines(client)
-    memory: Any = client.info("memory")
+    memory: Any = {}
+    with suppress(ResponseError):  # a managed Redis may not let us ask
+        memory = client.info("memory")
     newest = {str(error): int(count) for error, count in dict(found["newest"]).items()}
     if older := found["dead"] - sum(newest.values()):
         newest[OLDER] = older
