@@ -179,19 +179,19 @@ def test_flower_sees_tasks_and_revokes_them(scene, relay, tmp_path):
 
     try:
         flower.wait_until(lambda: page("/healthcheck") == "OK", timeout_s=60, what="answering")
-        until(lambda: "w1@" in page("/api/workers?refresh=1"))
+        until(lambda: "w1@" in page("/api/workers?refresh=1"), timeout_s=60)
 
         def seen() -> bool:
             one = relay.enqueue(TriggerRequest("sales"))
             one.get(timeout=30)
             return one.id in page("/api/tasks")
 
-        until(seen)
+        until(seen, timeout_s=60)
         assert '"triggers"' in page("/api/queues/length")
         waiting = relay.enqueue(TriggerRequest("sales"), countdown=3600)
         until(lambda: Waits(scene.redis("admin")).get(waiting.id))
         assert "Revoked" in page(f"/api/task/revoke/{waiting.id}", b"")
-        until(lambda: waiting.state == "cancelled")
+        until(lambda: waiting.state == "cancelled", timeout_s=60)
     finally:
         flower.stop()
     assert scene.denied() == set()
