@@ -235,11 +235,15 @@ def test_what_lies_and_waits_is_told_with_its_age(start, relay, airflow):
     assert age_s <= time.monotonic() - began + 1
 
     start("w2")
-    found = scrape_until(port, lambda found: not of(found, "dagrelay_queue_messages"))
+    found = scrape_until(
+        port,
+        lambda found: (
+            not of(found, "dagrelay_queue_messages")
+            and of(found, "dagrelay_waiting") == {'reason="time"': 1}
+            and found["dagrelay_workers{}"] == 2
+        ),
+    )
     assert not of(found, "dagrelay_queue_oldest_seconds")
-    assert of(scrape_until(port, lambda found: found.get("dagrelay_workers{}") == 2), "dagrelay_waiting") == {
-        'reason="time"': 1
-    }
 
 
 def test_what_a_dead_worker_held_is_counted_as_taken_back(start, relay, airflow):
