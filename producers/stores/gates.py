@@ -73,7 +73,7 @@ PATIENCE: Final = 30
 """While somebody waits, Airflow is asked every second; where nothing has changed for longer, every thirtieth
 part of that time, and at least every 15 s: who waits waits 3 % longer for it."""
 
-ASKING_S: Final = 30.0
+ASKING_S: Final = 20.0
 """How long a question is left to the worker that asks it: another asks if it was killed."""
 
 ASKED_AT_ONCE: Final = 5
