@@ -16,7 +16,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import click
 
-from . import cli_dead, cli_health, cli_waiting
+from . import cli_dead, cli_health, cli_lines, cli_waiting
 from .client import RelayClient
 from .contract import MAX_CONF_DEPTH, QUEUE_TRIGGERS, TriggerRequest
 from .errors import BrokerUnavailable, InvalidRequest
@@ -37,6 +37,8 @@ def main() -> None:
 for _command in (cli_waiting.parked, cli_waiting.wake, cli_waiting.cancel, cli_waiting.status):
     main.add_command(_command)
 main.add_command(fan_out_command)
+for _command in (cli_lines.airflows, cli_lines.hold, cli_lines.release):
+    main.add_command(_command)
 main.add_command(cli_health.health)
 main.add_command(cli_dead.dead)
 
@@ -51,7 +53,12 @@ main.add_command(cli_dead.dead)
 @click.option("--note", help="Shown with the run in Airflow.")
 @click.option("--connection", help="Which Airflow, as the workers name it.  [default: default]")
 @click.option("--if-exists", type=click.Choice(["reuse", "fail", "clear", "skip"]), help="[default: reuse]")
+@click.option(
+    "--if-paused", type=click.Choice(["trigger", "hold", "fail", "unpause"]), help="[default: trigger]"
+)
+@click.option("--window", help="Hand it over while fewer runs are unfinished: a number, or max_active_runs.")
 @click.option("--give-up-after", "give_up_after_s", type=float, help="Seconds to go on trying.")
+@click.option("--priority", type=int, help="0 to 9, higher first among what waits.  [default: 5]")
 @click.option("--countdown", type=float, help="Seconds to wait before the first attempt.")
 @click.option("--until-created", is_flag=True, help="Wait until the run exists, and print it as JSON.")
 @click.option("--wait", is_flag=True, help="Wait until the run has ended, and print it as JSON.")
@@ -84,6 +91,8 @@ def trigger(
     fields = {name: value for name, value in given.items() if value is not None}
     if conf is not None:
         fields["conf"] = _json_object(conf)
+    if fields.get("window", "").isdecimal():
+        fields["window"] = int(fields["window"])
     request = TriggerRequest(**fields, wait=wait, stop_run=stop_run)
     handle = RelayClient().enqueue(request, countdown=countdown)
     click.echo(handle.id)

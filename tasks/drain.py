@@ -14,6 +14,7 @@ back as delivered again.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import threading
@@ -45,7 +46,7 @@ from .slots import EXCHANGE_S, held_slots, lines, tell_of
 
 log = get_logger("dagrelay.drain")
 
-LEASE_S: Final = 15.0
+LEASE_S: Final = 8.0
 """How long what a worker holds is its own when it is not heard of."""
 
 IDLE_S: Final = 0.1
@@ -91,6 +92,7 @@ class Drain:
         self._stopping = False
         self._ended = threading.Event()
         self._ended.set()
+        self._times = itertools.count(1)
         self._name = f"drain-{self._connection.id}-{os.getpid():x}{os.urandom(4).hex()}"
 
     def begin(self) -> None:
@@ -112,11 +114,11 @@ class Drain:
         self._stopping = False
 
     async def _run(self) -> None:
-        work = _Work(self._connection, self._name)
+        # Each time under another name: what one that failed has left comes back when its lease has run out.
+        work = _Work(self._connection, f"{self._name}-{next(self._times)}")
         try:
             await work.run(lambda: self._stopping)
         except (RedisError, OSError) as exc:
-            # What was held comes back when its lease has run out.
             log.warning("line not drained connection=%s: %s", self._connection.id, said(exc))
         except Exception:
             log.exception("line not drained connection=%s", self._connection.id)
@@ -138,6 +140,7 @@ class _Work:
         self._not_made: list[tuple[str, NotMade]] = []
         self._api: Any = None
         self._spoken: Any = None
+        self._tokens: set[str] = set()
         self._to_stop = 0
         self._over = False
         self._sent = 0
@@ -151,7 +154,7 @@ class _Work:
                 stop = self._over or stopping()
                 ahead = min(MOST_AHEAD, int(2 * self._per_round) + 2)
                 want = 0 if stop else max(0, ahead - len(self._left))
-                slots = 0 if stop else max(0, min(self._connection.ceiling - len(at_work), ahead))
+                slots = 0 if stop else self._connection.ceiling - len(at_work)
                 found, tokens = await asyncio.to_thread(self._exchange, want, slots)
                 self._left.extend(found.requests)
                 at_work |= {asyncio.ensure_future(self._work(token)) for token in tokens}
@@ -168,11 +171,14 @@ class _Work:
                     continue
                 idle = 0
                 before = self._sent
-                _, at_work = await asyncio.wait(at_work, timeout=EXCHANGE_S)
+                over, at_work = await asyncio.wait(at_work, timeout=EXCHANGE_S)
+                for one in over:
+                    one.result()  # what nobody foresaw ends it all
                 self._per_round = max(2.0, 0.7 * self._per_round + 0.3 * (self._sent - before))
         finally:
             for one in at_work:
                 one.cancel()
+            held_slots.discard(self._connection.id, list(self._tokens))
 
     async def _work(self, token: str) -> None:
         """Post one after the other, with one slot."""
@@ -234,7 +240,9 @@ class _Work:
             self._end(made)
             ended += [job.task_id for job in made]
         token = held_slots.new_token()
-        held_slots.discard(connection.id, [one for one, _, _ in done if one])
+        over = [one for one, _, _ in done if one]
+        self._tokens.difference_update(over)
+        held_slots.discard(connection.id, over)
         found = lines().drain(
             connection.id,
             self._name,
@@ -246,12 +254,14 @@ class _Work:
             fingerprint=connection.fingerprint(),
             slots=slots,
             token=token,
+            left=len(self._left),
             requests=want,
             late_s=connection.timed_out_slot_s,
         )
         tell_of(connection, found.changed)
         self._over, self._to_stop = found.over, found.stop
         tokens = [f"{token}.{number}" for number in range(1, found.slots + 1)]
+        self._tokens.update(tokens)
         held_slots.add(connection.id, tokens)
         return found, tokens
 

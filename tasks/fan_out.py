@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,19 +35,14 @@ from producers.contract import (
     QUEUE_LOOKS,
     QUEUE_TRIGGERS,
     VERSION,
-    Asked,
-    DagRun,
     TriggerRequest,
 )
 from producers.errors import (
-    AirflowUnavailable,
-    CredentialsRefused,
     DagrelayError,
     FanOutBroken,
     InvalidRequest,
     RequestCancelled,
 )
-from producers.stores.envelope import trace_of
 from producers.stores.fan_outs import (
     ASKED_BY,
     FAN_OUT,
@@ -68,19 +62,19 @@ from producers.stores.waits import CANCELLED, PARKED
 
 from . import logs, metrics
 from .again import redelivered
-from .airflow.answers import TokenRefused, as_dag_run
 from .airflow.client import ApiModule
-from .airflow.clients import airflow_client
 from .airflow.connections import AirflowConnection
 from .app import RelayRequest, RelayTask, app, backend, records, said, store_client, waits
-from .http import HttpRequest, HttpResponse, NoAnswer
-from .http_many import ManySender, in_loop
+from .gates import gate_of
+from .http import HttpResponse, NoAnswer
+from .http_many import in_loop
+from .posting import Job, NotMade, Wanted, as_json, authorised, job_of, post, read_answer, sender_for, told_of
 from .redis_transport.channel import gathered
 from .redis_transport.keys import Keys
 from .results import NotHandedOver
 from .settings import settings
 from .slots import ManyTurns
-from .trigger import NEWER_RETRY_S, note_for
+from .trigger import NEWER_RETRY_S
 from .waiting import wait
 
 log = get_logger("dagrelay.fan_out")
@@ -305,32 +299,6 @@ def cancel_by_chunk(store: FanOuts, fan_out_id: str, task_id: str) -> None:
 
 
 @dataclass(slots=True)
-class _Wanted:
-    """One request as it lies in its chunk."""
-
-    task_id: str
-    envelope: dict[str, Any]
-    request: TriggerRequest
-    asked: Any
-
-
-@dataclass(slots=True)
-class _Job:
-    """One request on its way: what is posted, and what came of it."""
-
-    task_id: str
-    envelope: dict[str, Any]
-    request: TriggerRequest
-    run_id: str
-    post: HttpRequest
-    asked_at: float
-    begun: bool = False
-    answer: HttpResponse | NoAnswer | None = None
-    run: str = ""
-    """What was made for it, as JSON."""
-
-
-@dataclass(slots=True)
 class _Left:
     """One request that leaves its chunk, with what is known of it."""
 
@@ -339,40 +307,6 @@ class _Left:
     reason: str = ""
     unsure: bool = False
     run: dict[str, Any] | None = None
-
-
-_senders: dict[str, ManySender] = {}
-_lock = threading.Lock()
-
-
-def _sender(connection: AirflowConnection) -> ManySender:
-    found = _senders.get(connection.id)
-    if found is None:
-        verify = connection.ca_file if connection.verify and connection.ca_file else connection.verify
-        made = ManySender(
-            connection.base_url,
-            connect_timeout_s=connection.connect_timeout_s,
-            read_timeout_s=connection.read_timeout_s,
-            verify=verify,
-            in_flight=connection.ceiling,
-        )
-        with _lock:
-            found = _senders.setdefault(connection.id, made)
-    return found
-
-
-async def _post(sender: ManySender, job: _Job) -> HttpResponse | NoAnswer:
-    job.begun = True
-    began = time.perf_counter()
-    try:
-        job.answer = await sender.send(job.post)
-    except NoAnswer as exc:
-        job.answer = exc
-    except Exception as exc:  # noqa: BLE001 - the others' answers count all the same
-        job.answer = NoAnswer(said(exc), True)
-    took_s = time.perf_counter() - began
-    metrics.observe_request(job.request.connection, "trigger", took_s, metrics.status_of(job.answer))
-    return job.answer
 
 
 def _side_by_side(items: Sequence[tuple[str, dict[str, Any]]]) -> int:
@@ -396,7 +330,7 @@ def start_some(
     `again`: an earlier worker may have posted them. `until`, by the monotonic clock, is when no more are.
     Returns how many were begun, and for what the chunk is to wait, if any of them has to wait for its turn.
     """
-    made: list[_Job] = []
+    made: list[Job] = []
     left: list[_Left] = []
     known: set[str] = set()
     posted: set[str] = set()
@@ -419,6 +353,11 @@ def start_some(
             if connection is None:
                 left += [_Left(one.task_id, one.envelope) for one in wanted]
                 continue
+            # What has to pass the gate of its DAG does so by itself.
+            left += [_Left(one.task_id, one.envelope) for one in wanted if gate_of(one.request, connection)]
+            wanted = [one for one in wanted if gate_of(one.request, connection) is None]
+            if not wanted:
+                continue
             turns = ManyTurns(task, connection, _ahead_s(wanted))
             taken = turns.take(len(wanted))
             if not taken.slots:
@@ -432,15 +371,15 @@ def start_some(
                 turns.wait_at_most(min(one.request.give_up_after_s for one in wanted))
                 continue
             with turns:
-                authorised = _authorised(connection)
-                if authorised is None:
+                spoken = authorised(connection)
+                if spoken is None:
                     left += [_Left(one.task_id, one.envelope) for one in wanted]
                     continue
-                api, headers = authorised
+                api, headers = spoken
                 jobs = _jobs(api, headers, wanted, left)
-                sender = _sender(connection)
+                sender = sender_for(connection)
                 try:
-                    in_loop(turns.each(jobs, partial(_post, sender), until)).result()
+                    in_loop(turns.each(jobs, partial(post, sender), until)).result()
                 finally:
                     posted |= {job.task_id for job in jobs if job.begun}
             for job in jobs:
@@ -462,7 +401,7 @@ def start_some(
     return len(known), waiting
 
 
-def _ahead_s(wanted: Sequence[_Wanted]) -> float:
+def _ahead_s(wanted: Sequence[Wanted]) -> float:
     """Return by how much a chunk is moved forward in its line: what is asked for by itself overtakes it."""
     return ahead_s(max(one.request.priority for one in wanted)) - PRIORITY_S
 
@@ -472,7 +411,7 @@ def _hand_on(
     fan_out_id: str,
     index: int,
     connection: str,
-    made: Sequence[_Job],
+    made: Sequence[Job],
     left: Sequence[_Left],
     *,
     again: bool,
@@ -487,29 +426,13 @@ def _hand_on(
     if made:
         runs = [(job.task_id, job.run) for job in made]
         ended = store.end_items(runs, result_ttl_s=settings().result_ttl_s, date_done=app.now().isoformat())
-        metrics.count_trigger(connection, "started", amount=ended)
-        logs.outcomes(_told_of(job, connection) for job in made)
+        metrics.count_started(connection, ended, [job.asked_at for job in made])
+        logs.outcomes(told_of(made, connection))
 
 
-def _told_of(job: _Job, connection: str) -> dict[str, Any]:
-    """Return the fields of the line that says that a run was started."""
-    trace = trace_of(job.envelope["headers"])
-    return {
-        "task_id": job.task_id,
-        "dag_id": job.request.dag_id,
-        "run_id": job.run_id,
-        "connection": connection,
-        "key": job.request.key,
-        "outcome": "started",
-        "attempts": 1,
-        "age_s": round(time.time() - job.asked_at, 3),
-        "trace_id": trace.trace_id if trace is not None else None,
-    }
-
-
-def _grouped(items: Sequence[tuple[str, dict[str, Any]]], left: list[_Left]) -> dict[str, list[_Wanted]]:
+def _grouped(items: Sequence[tuple[str, dict[str, Any]]], left: list[_Left]) -> dict[str, list[Wanted]]:
     """Return what can be posted, by connection; what cannot leaves."""
-    found: dict[str, list[_Wanted]] = {}
+    found: dict[str, list[Wanted]] = {}
     for task_id, envelope in items:
         fields = json.loads(envelope["body"])[1]
         try:
@@ -519,74 +442,41 @@ def _grouped(items: Sequence[tuple[str, dict[str, Any]]], left: list[_Left]) -> 
         if request is None or fields.get("v", VERSION) > VERSION:
             left.append(_Left(task_id, envelope))  # trigger_dag says what is wrong
             continue
-        one = _Wanted(task_id, envelope, request, fields.get("asked"))
+        one = Wanted(task_id, envelope, request, fields.get("asked"))
         found.setdefault(request.connection, []).append(one)
     return found
 
 
 def _jobs(
-    api: ApiModule, headers: Mapping[str, str], wanted: Sequence[_Wanted], left: list[_Left]
-) -> list[_Job]:
+    api: ApiModule, headers: Mapping[str, str], wanted: Sequence[Wanted], left: list[_Left]
+) -> list[Job]:
     """Return these requests, ready to be posted."""
-    now, jobs = time.time(), []
+    jobs = []
     for one in wanted:
-        run_id = one.request.run_id_for(one.task_id)
         try:
-            asked, trace = Asked.from_message(one.asked, otherwise_at=now), trace_of(one.envelope["headers"])
-            note = note_for(one.request, one.task_id, asked, trace)
-            post = api.create_run(one.request, run_id, note)
+            jobs.append(job_of(api, headers, one))
         except DagrelayError:
             left.append(_Left(one.task_id, one.envelope))
-            continue
-        sent = {**post.headers, **headers, **(trace.headers() if trace is not None else {})}
-        post = HttpRequest(post.method, post.path, sent, post.body, post.timeout_s)
-        jobs.append(_Job(one.task_id, one.envelope, one.request, run_id, post, asked.at))
     return jobs
-
-
-def _authorised(connection: AirflowConnection) -> tuple[ApiModule, Mapping[str, str]] | None:
-    """Return how this Airflow is spoken to; None where it cannot be found out."""
-    try:
-        return airflow_client(connection).authorised()
-    except (AirflowUnavailable, CredentialsRefused):
-        return None
 
 
 def _read(
     api: ApiModule,
     connection: AirflowConnection,
-    job: _Job,
+    job: Job,
     answer: HttpResponse | NoAnswer,
-    made: list[_Job],
+    made: list[Job],
     left: list[_Left],
 ) -> None:
     """Decide about one answer: a run that was made, or a request that leaves."""
-    if isinstance(answer, NoAnswer):
-        left.append(_Left(job.task_id, job.envelope, str(answer), unsure=answer.reached))
-        return
-    try:
-        view = api.read_created(answer, job.request, job.run_id)
-    except AirflowUnavailable as exc:
-        left.append(_Left(job.task_id, job.envelope, str(exc), unsure=exc.unsure))
-        return
-    except TokenRefused:
-        left.append(_Left(job.task_id, job.envelope))
-        return
-    except Exception as exc:  # noqa: BLE001 - whatever it is, trigger_dag meets it again and decides
-        left.append(_Left(job.task_id, job.envelope, said(exc)))
-        return
-    found = as_dag_run(view, connection, created=True)
-    run = {
-        name: getattr(found, name) for name in DagRun.__slots__
-    }  # to_message copies all, a tenth of it all
-    if job.request.wait:
+    run = read_answer(api, connection, job, answer)
+    if isinstance(run, NotMade):
+        left.append(_Left(job.task_id, job.envelope, run.reason, unsure=run.unsure))
+    elif job.request.wait:
         left.append(_Left(job.task_id, job.envelope, run=run))
     else:
-        job.run = _as_json(run)
+        job.run = as_json(run)
         made.append(job)
-
-
-_as_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def _message(one: _Left) -> bytes:
@@ -594,8 +484,8 @@ def _message(one: _Left) -> bytes:
     if one.run is not None:
         positional, fields, follow_up = json.loads(one.envelope["body"])
         fields["so_far"] = {"run": one.run}
-        one.envelope["body"] = _as_json([positional, fields, follow_up])
-    return _as_json(one.envelope).encode()
+        one.envelope["body"] = as_json([positional, fields, follow_up])
+    return as_json(one.envelope).encode()
 
 
 def end_cancelled(task_id: str, why: str) -> None:

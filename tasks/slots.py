@@ -158,6 +158,25 @@ class _Held:
 held_slots = _Held()
 
 
+_threads: dict[str, int] = {}
+_threads_lock = threading.Lock()
+
+
+def _enter(connection: str, whatever: bool = False) -> bool:
+    """Have a thread of this process be for a connection; tell whether there was one left for it."""
+    with _threads_lock:
+        count = _threads.get(connection, 0)
+        if count >= most_here() and not whatever:
+            return False
+        _threads[connection] = count + 1
+        return True
+
+
+def _leave(connection: str) -> None:
+    with _threads_lock:
+        _threads[connection] -= 1
+
+
 class Turn:
     """One conversation with an Airflow: `with Turn(…) as airflow`, whose first use takes a slot.
 
@@ -194,12 +213,18 @@ class Turn:
         if not settings().slots:
             self._token = OFF
             return
-        if held_slots.count(self.connection.id) >= most_here():
+        name = self.connection.id
+        if not _enter(name):
+            _full_until[name] = _scarce_until[name] = time.monotonic() + SCARCE_S
             raise Busy
-        taken, token = _take(self.connection, self._task.request.id)
-        if not taken.slots:
-            _scarce_until[self.connection.id] = time.monotonic() + SCARCE_S
-            self._wait(taken)
+        try:
+            taken, token = _take(self.connection, self._task.request.id)
+            if not taken.slots:
+                _scarce_until[name] = time.monotonic() + SCARCE_S
+                self._wait(taken)
+        except BaseException:
+            _leave(name)
+            raise
         self._token, asking.asker = token, self
 
     def saw(self, verdict: Verdict, took_s: float) -> None:
@@ -215,6 +240,7 @@ class Turn:
         token, self._token, asking.asker = self._token, "", None
         if token == OFF:
             return
+        _leave(self.connection.id)
         verdict, words = self._verdict, ""
         if isinstance(exc, CredentialsRefused):
             verdict, words = "refused", exc.words
@@ -263,6 +289,7 @@ def thread_turn(connection: AirflowConnection, timeout_s: float = JOIN_S) -> Ite
     token = _take_waiting(connection, timeout_s)
     turn = Turn(None, connection, give_up_after_s=0, priority=0)
     turn._token, asking.asker = token, turn
+    _enter(connection.id, whatever=True)
     failure: BaseException | None = None
     try:
         yield airflow_client(connection)
@@ -469,6 +496,8 @@ def most_here() -> int:
 # -- what is put into the line as soon as it is claimed
 
 _scarce_until: dict[str, float] = {}
+_full_until: dict[str, float] = {}
+"""Until when a connection is taken to have all the threads of this process that it may have."""
 
 
 def scarce() -> bool:
@@ -511,9 +540,9 @@ def divert(client: Any, held_key: str, claimed: list[Diverted]) -> list[int]:
             )
     gone: list[int] = []
     for name, items in found.items():
-        known = settings().connections[name]
         what = _WAITS_FOR["slot"].format(name, name)
-        parked = lines().divert(client, held_key, name, known.ceiling, what, items)
+        full = _full_until.get(name, 0.0) > now
+        parked = lines().divert(client, held_key, name, what, items, all_of_them=full)
         if parked:
             _scarce_until[name] = time.monotonic() + SCARCE_S
             drain.begin(name)

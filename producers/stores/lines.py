@@ -263,11 +263,11 @@ return {taken, better, 0, changed}
 
 # Go on with the plain requests of a line: who drains it takes them out of Redis' hands into its own, posts
 # them, and writes their ends, many at once. KEYS: line, called, slots, the hash, what the caller holds, the
-# owners' leases. ARGV: as for GIVE up to the seconds of a timed out slot (its rank is left empty), then how
-# many requests are wanted, the caller's name and the seconds of its lease, how many requests it has ended,
-# those, then for each request sent its token, verdict and seconds. Returns how many slots were taken, how
-# many are to be given back for what waits and is not plain, 1 where nothing may be sent, what has changed,
-# then id and message in turn.
+# owners' leases. ARGV: as for GIVE up to the seconds of a timed out slot (in place of a rank, how many
+# requests it has left), then how many requests are wanted, the caller's name and the seconds of its lease,
+# how many requests it has ended, those, then for each request sent its token, verdict and seconds. Returns
+# how many slots were taken, how many are to be given back for what waits and is not plain, 1 where nothing
+# may be sent, what has changed, then id and message in turn.
 DRAIN: Final = Script(
     PARKING
     + SETTLE
@@ -308,7 +308,8 @@ if wanted > 0 then
   end
 end
 answer[2] = stop
-if stop == 0 and tonumber(ARGV[4]) > 0 then answer[1] = take_slots(conn, tonumber(ARGV[4]), ARGV[6]) end
+local need = math.min(tonumber(ARGV[4]), tonumber(ARGV[5]) + (#answer - 4) / 2)
+if stop == 0 and need > 0 then answer[1] = take_slots(conn, need, ARGV[6]) end
 if redis.call('EXISTS', held) == 1 then
   redis.call('ZADD', KEYS[6], string.format('%.6f', now + ARGV[10]), ARGV[9])
 else
@@ -319,11 +320,11 @@ return answer
 )
 
 # Put messages that were just claimed into the line, where there is no slot for them. KEYS: line, called,
-# slots, the hash, the messages that the caller holds. ARGV: connection, ceiling, what they wait for, then
-# for each: the tag by which it is held, task id, retries, queue list, message, seconds that it is moved
-# forward, seconds after which it gives up, when it expires (''). Returns the tags of those that are in the
-# line now. The others have their turn, or are for somebody else to judge: ended, cancelled, over their
-# time, older than what is on record.
+# slots, the hash, the messages that the caller holds. ARGV: connection, whether there may be slots (1),
+# what they wait for, then for each: the tag by which it is held, task id, retries, queue list, message,
+# seconds that it is moved forward, seconds after which it gives up, when it expires (''). Returns the tags
+# of those that are in the line now. The others have their turn, or are for somebody else to judge: ended,
+# cancelled, over their time, older than what is on record.
 DIVERT: Final = Script(
     PARKING
     + """
@@ -335,6 +336,7 @@ if free > 0 and redis.call('EXISTS', line) == 1 then
   pump(conn)
   free = room(conn)
 end
+if ARGV[2] == '1' then redis.call('HSET', KEYS[4], 'drained_until', string.format('%.3f', now + 1)) end
 local so_far = string.format('%.3f', held_so_far(conn))
 local gone = {}
 for i = 4, #ARGV, 9 do
@@ -348,7 +350,7 @@ for i = 4, #ARGV, 9 do
   if redis.call('ZSCORE', called, id) or ended(of[1]) or tonumber(of[2] or 0) > retries or there
     or redis.call('ZSCORE', 'dagrelay:cancelled', id) or until_ <= now then
     -- not for us
-  elseif free > 0 then
+  elseif free > 0 and ARGV[2] == '0' then
     free = free - 1
   elseif redis.call('HDEL', held, tag) == 1 then
     redis.call('HSET', 'dagrelay:parked', id,
@@ -657,18 +659,21 @@ class Lines:
         client: Any,
         held_key: str,
         connection: str,
-        ceiling: int,
         what: str,
         messages: Sequence[tuple[int, str, int, str, bytes, float, float, float | None, bool]],
+        *,
+        all_of_them: bool = False,
     ) -> list[int]:
         """Put messages that a worker has just claimed into the line, where there is no slot for them.
+
+        `all_of_them`: also where there are slots: the caller has no threads for them, and drains the line.
 
         `client` and `held_key` are the worker's, with which it holds them. For each: its tag there, task id,
         retries, queue list, the message, the seconds that it is moved forward, those after which it gives up,
         when it expires, and whether who drains the line may take it. Returns the tags of those in line now.
         """
         keys = (line_key(connection), called_key(connection), slots_key(connection), airflow_key(connection))
-        args: list[Any] = [connection, ceiling, what]
+        args: list[Any] = [connection, int(all_of_them), what]
         for *first, expires, plain in messages:
             args += (*first, "" if expires is None else f"{expires:.6f}", int(plain))
         return [int(tag) for tag in DIVERT.run(client, (*keys, held_key), args)]
@@ -732,13 +737,15 @@ class Lines:
         fingerprint: str,
         slots: int,
         token: str,
+        left: int,
         requests: int,
         late_s: float = 30.0,
     ) -> Drained:
         """Take plain requests of a line into a worker's own hands, and slots for them; see DRAIN.
 
         `name`, `held_key`, `leases_key`: as whom the worker holds them, so that others put them back when its
-        lease of `lease_s` has run out. `ended`: what it need not hold any more; `done` as for `give`.
+        lease of `lease_s` has run out. `ended`: what it need not hold any more; `done` as for `give`. It
+        takes up to `slots`, and no more than it has requests for: `left` of them, and those that it is given.
         """
         keys = (
             line_key(connection),
@@ -748,7 +755,7 @@ class Lines:
             held_key,
             leases_key,
         )
-        args: list[Any] = [connection, fingerprint, "", slots, "", token, late_s, requests, name, lease_s]
+        args: list[Any] = [connection, fingerprint, "", slots, left, token, late_s, requests, name, lease_s]
         args += (len(ended), *ended)
         for one, verdict, took_s in done:
             args += (one, verdict, f"{took_s:.4f}")

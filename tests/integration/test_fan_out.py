@@ -44,6 +44,7 @@ from producers.stores.fan_outs import (
 from producers.stores.lines import Lines
 from producers.stores.records import RESULT_PREFIX, record_key, store
 from tasks import fan_out as worker_side
+from tasks import posting
 from tasks.airflow import clients
 from tasks.airflow.connections import read_connections
 from tasks.app import app
@@ -623,7 +624,7 @@ def connected(inside: ModuleType, airflow: FakeAirflow, monkeypatch: pytest.Monk
     environ = {"AIRFLOW_CONN_DEFAULT": airflow.conn_uri, "AIRFLOW_CONN_OTHER": airflow.conn_uri}
     given = replace(settings(), connections=read_connections(environ)[0])
     monkeypatch.setattr(inside, "settings", lambda: given)
-    monkeypatch.setattr(inside, "_senders", {})
+    monkeypatch.setattr(posting, "_senders", {})
     monkeypatch.setattr(clients, "_clients", {})
     return inside
 
