@@ -11,17 +11,19 @@ export UV_SYSTEM_CERTS ?= true
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-check up down worker flower airflow trigger doctor health status parked wake cancel quarantine
+.PHONY: help demo demo-check up down worker flower airflow trigger doctor health status parked wake cancel dead airflows hold release
 .PHONY: test lint format types bench lock clean
 
 # Make would read a `$$` in them as its own; they go on as written, in the environment, never in a command.
-unexport DAG CONF KEY ID
+unexport DAG CONF KEY ID CONNECTION REASON
 trigger: export TRIGGER_DAG := $(value DAG)
 trigger: export TRIGGER_CONF := $(value CONF)
 trigger: export TRIGGER_KEY := $(value KEY)
 status: export STATUS_ID := $(value ID)
 wake: export WAKE_ID := $(value ID)
 cancel: export CANCEL_ID := $(value ID)
+hold release: export HOLD_CONNECTION := $(value CONNECTION)
+hold: export HOLD_REASON := $(value REASON)
 
 # Whose Redis: DAGRELAY_REDIS_URL, else REDIS_URL, else the one of `make up`.
 REDIS = [ -n "$$DAGRELAY_REDIS_URL$$DAGRELAY_REDIS_URL_FILE" ] || [ -z "$$REDIS_URL" ] || \
@@ -76,8 +78,19 @@ cancel: $(READY)  ## cancel a request that has not ended: ID=…
 	@[ -n "$$CANCEL_ID" ] || { echo 'which request? make cancel ID=…' >&2; exit 64; }
 	@$(REDIS) exec $(VENV)/bin/dagrelay cancel -- "$$CANCEL_ID"
 
-quarantine: $(READY)  ## messages that no worker could read
-	@$(REDIS) exec $(PY) -m tasks.redis_transport quarantine list
+dead: $(READY)  ## what failed for good, and why ([ARGS='--error DagNotFound'])
+	@$(REDIS) exec $(VENV)/bin/dagrelay dead list $(ARGS)
+
+airflows: $(READY)  ## how each Airflow fares: in flight, limit, in line, does it answer
+	@$(REDIS) exec $(VENV)/bin/dagrelay airflows
+
+hold: $(READY)  ## send nothing to an Airflow until it is released: CONNECTION=… [REASON=…]
+	@[ -n "$$HOLD_CONNECTION" ] || { echo 'which Airflow? make hold CONNECTION=default' >&2; exit 64; }
+	@$(REDIS) exec $(VENV)/bin/dagrelay hold --reason "$${HOLD_REASON:-maintenance}" -- "$$HOLD_CONNECTION"
+
+release: $(READY)  ## have requests for an Airflow go on: CONNECTION=…
+	@[ -n "$$HOLD_CONNECTION" ] || { echo 'which Airflow? make release CONNECTION=default' >&2; exit 64; }
+	@$(REDIS) exec $(VENV)/bin/dagrelay release -- "$$HOLD_CONNECTION"
 
 doctor: $(READY)  ## the effective settings, with every dependency tried
 	@$(REDIS) exec $(VENV)/bin/dagrelay doctor
