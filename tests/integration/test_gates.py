@@ -257,6 +257,42 @@ def test_what_is_urgent_goes_first_and_a_smaller_window_holds_up_nobody(relay, a
     assert not small.ready()
 
 
+def test_a_run_that_is_waited_for_needs_no_place_while_it_runs(relay, airflow, worker, dag):
+    first = relay.enqueue(TriggerRequest(dag, key="k1", window=1, wait=True))
+    parked(relay, first, what=f"run relay__k1 of DAG {dag}")
+    second = relay.enqueue(TriggerRequest(dag, key="k2", window=1, wait=True))
+    parked(relay, second, what=f"a free place among the 1 run of DAG {dag}")
+    epoch = relay.waits.get(first.id).epoch
+
+    assert relay.waits.wake([first.id]) == [first.id]
+    until(lambda: (found := relay.waits.get(first.id)) and found.epoch > epoch)
+    assert waits_for(relay, first) == f"run relay__k1 of DAG {dag}"
+    end(airflow, dag, "relay__k1")
+
+    assert first.get(timeout=20).state == "success"
+    parked(relay, second, what=f"run relay__k2 of DAG {dag}")
+
+
+def test_a_worker_killed_as_it_hands_a_run_over_costs_no_place(relay, airflow, start_worker, dag):
+    airflow.dags[dag], airflow.late_s = {}, 60.0
+    airflow.fault = lambda number, dag_id, run_id: "late" if number == 1 else "answer"
+    killed = start_worker(name="w1", DAGRELAY_VISIBILITY_TIMEOUT_S="3")
+    handles = [relay.enqueue(TriggerRequest(dag, key=f"k{n}", window=1)) for n in range(2)]
+    until(lambda: airflow.runs)
+    start_worker(name="w2", DAGRELAY_VISIBILITY_TIMEOUT_S="3")
+    killed.kill()
+
+    first = until(lambda: next((one for one in handles if one.ready()), None))
+    assert first.get().created
+    other = next(one for one in handles if one is not first)
+    parked(relay, other, what=f"a free place among the 1 run of DAG {dag}")
+    for run in airflow.unfinished(dag):
+        run["state"] = "success"
+
+    assert other.get(timeout=20).created
+    assert airflow.most_unfinished[dag] == 1
+
+
 # What waits there
 
 
