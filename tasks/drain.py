@@ -42,17 +42,21 @@ from .posting import Job, NotMade, Wanted, as_json, authorised, job_of, post, re
 from .redis_transport.keys import Keys
 from .redis_transport.messages import Readable
 from .settings import settings
-from .slots import EXCHANGE_S, held_slots, lines, tell_of
+from .slots import held_slots, lines, tell_of
 
 log = get_logger("dagrelay.drain")
 
 LEASE_S: Final = 8.0
 """How long what a worker holds is its own when it is not heard of."""
 
+STEP_S: Final = 0.1
+"""How often a step in Redis is made. Each costs as much as posting two requests, and an Airflow on the same
+cores gets what is saved."""
+
 IDLE_S: Final = 0.1
 """How often one who has no slots asks for some."""
 
-MOST_AHEAD: Final = 200
+MOST_AHEAD: Final = 400
 """So many requests are held at the most that have not been sent."""
 
 _KEYS: Final = Keys(namespace="dagrelay")
@@ -171,7 +175,7 @@ class _Work:
                     continue
                 idle = 0
                 before = self._sent
-                over, at_work = await asyncio.wait(at_work, timeout=EXCHANGE_S)
+                over, at_work = await asyncio.wait(at_work, timeout=STEP_S)
                 for one in over:
                     one.result()  # what nobody foresaw ends it all
                 self._per_round = max(2.0, 0.7 * self._per_round + 0.3 * (self._sent - before))
