@@ -36,7 +36,9 @@ The hash: asked_at, seen_at (when the question was asked, and when it was answer
 (the DAG's max_active_runs; empty for none), active (runs queued or running), problem (an error as JSON,
 instead of all that), changed_at (since when nothing has changed), asking (until when the question is left to
 the one who asks), paused_total and paused_from (for how long it was paused so far, and since when it is, by a
-clock that stands still while the connection is held). Instants are seconds since 1970 by Redis' clock.
+clock that stands still while the connection is held). Of one that has waited, the record has `gated`, and
+while it waits `held_at` and, with `hold`, `paused_at`: what was held and paused so far. Instants are seconds
+since 1970 by Redis' clock.
 """
 
 from __future__ import annotations
