@@ -54,7 +54,21 @@ class Scene:
         WAIT.run(
             self.redis,
             (PARKED, DUE, record_key(task_id), seen_key(task_id), CANCELLED, looks_key(group)),
-            (task_id, time.time() + 600, 1, "jobs", message, 0, in_s, "a job", group, "", 0, "job_id", job_id),
+            (
+                task_id,
+                time.time() + 600,
+                1,
+                "jobs",
+                message,
+                0,
+                in_s,
+                "a job",
+                group,
+                "",
+                0,
+                "job_id",
+                job_id,
+            ),
         )
         return task_id
 
