@@ -194,6 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
+        self._over()
         self.wfile.write(raw)
         self.wfile.flush()
 
@@ -209,13 +210,19 @@ class _Handler(BaseHTTPRequestHandler):
         with airflow._lock:
             airflow.in_flight += 1
             airflow.most_in_flight = max(airflow.most_in_flight, airflow.in_flight)
+        self._counted = True
         try:
             if airflow.delay_s:
                 time.sleep(airflow.delay_s)
             self._route(self.command, parts, body)
         finally:
-            with airflow._lock:
-                airflow.in_flight -= 1
+            self._over()
+
+    def _over(self) -> None:
+        """Count it no more: before its answer leaves, or the next one of its caller may be here first."""
+        with self.airflow._lock:
+            self.airflow.in_flight -= self._counted
+            self._counted = False
 
     do_GET = do_POST = do_PATCH = do_DELETE = _do
 
