@@ -53,8 +53,10 @@ def test_two_workers_together_never_ask_more_at_once_than_the_connection_says(re
 
     runs = ended(handles[:300])
     outcomes = fan.get(timeout=60)
-    for n in range(20):
-        airflow.runs["daily_sales", f"relay__waited{n}"]["state"] = "success"
+    waiting = [("daily_sales", f"relay__waited{n}") for n in range(20)]
+    until(lambda: all(run in airflow.runs for run in waiting))
+    for run in waiting:
+        airflow.runs[run]["state"] = "success"
     waited = ended(handles[300:])
 
     assert 3 <= airflow.most_in_flight <= 6
