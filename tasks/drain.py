@@ -14,6 +14,7 @@ back as delivered again.
 from __future__ import annotations
 
 import asyncio
+import base64
 import itertools
 import json
 import os
@@ -24,6 +25,7 @@ from typing import Any, Final
 
 from celery import signals
 from celery.utils.log import get_logger
+from celery.worker import state as worker_state
 from redis.exceptions import RedisError
 
 from producers.contract import TRIGGER_DAG, TriggerRequest
@@ -55,6 +57,9 @@ cores gets what is saved."""
 
 IDLE_S: Final = 0.1
 """How often one who has no slots asks for some."""
+
+STARVED_S: Final = 0.5
+"""How long requests are held without a slot to post them with."""
 
 MOST_AHEAD: Final = 400
 """So many requests are held at the most that have not been sent."""
@@ -152,14 +157,14 @@ class _Work:
 
     async def run(self, stopping: Any) -> None:
         at_work: set[asyncio.Future[None]] = set()
-        idle = 0
+        idle, starved_since = 0, None
         try:
             while True:
                 stop = self._over or stopping()
                 ahead = min(MOST_AHEAD, int(2 * self._per_round) + 2)
                 want = 0 if stop else max(0, ahead - len(self._left))
                 slots = 0 if stop else self._connection.ceiling - len(at_work)
-                found, tokens = await asyncio.to_thread(self._exchange, want, slots)
+                found, tokens = await asyncio.to_thread(self._exchange, want, slots, len(at_work))
                 self._left.extend(found.requests)
                 at_work |= {asyncio.ensure_future(self._work(token)) for token in tokens}
                 if stop or self._over:
@@ -168,12 +173,19 @@ class _Work:
                 if not at_work:
                     if self._done or self._made or self._put_back or self._not_made:
                         continue
+                    # What is in hand is in no line, so it does not stay there without a slot.
+                    now = time.monotonic()
+                    if self._left and now - (starved_since := starved_since or now) > STARVED_S:
+                        while self._left:
+                            self._put_back.append((self._left.popleft()[0], False))
+                        starved_since = None
+                        continue
                     idle += 1
                     if stop or self._over or (not found.requests and not self._left and idle > 3):
                         return
                     await asyncio.sleep(IDLE_S)
                     continue
-                idle = 0
+                idle, starved_since = 0, None
                 before = self._sent
                 over, at_work = await asyncio.wait(at_work, timeout=STEP_S)
                 for one in over:
@@ -192,6 +204,9 @@ class _Work:
                 self._to_stop -= 1
                 break
             task_id, message = self._left.popleft()
+            if task_id in worker_state.revoked:
+                self._put_back.append((task_id, False))  # for Celery to end it
+                continue
             job = self._job(task_id, message)
             if job is None:
                 self._put_back.append((task_id, True))
@@ -217,16 +232,19 @@ class _Work:
         spoken = self._spoken
         if spoken is None:
             return None
-        envelope = json.loads(message)
-        fields = json.loads(envelope["body"])[1]
         try:
+            envelope = json.loads(message)
+            body = envelope["body"]
+            if (envelope.get("properties") or {}).get("body_encoding") == "base64":
+                body = base64.b64decode(body)
+            fields = json.loads(body)[1]
             request = TriggerRequest.from_message(fields)
             self._api, headers = spoken
             return job_of(self._api, headers, Wanted(task_id, envelope, request, fields.get("asked")))
-        except (InvalidRequest, DagrelayError, TypeError):
+        except (InvalidRequest, DagrelayError, TypeError, ValueError, LookupError):
             return None
 
-    def _exchange(self, want: int, slots: int) -> tuple[Drained, list[str]]:
+    def _exchange(self, want: int, slots: int, at_work: int) -> tuple[Drained, list[str]]:
         """Write what has ended, put back what is to be, and take requests and slots; in a thread."""
         connection = self._connection
         made, self._made = self._made, []
@@ -258,12 +276,14 @@ class _Work:
             fingerprint=connection.fingerprint(),
             slots=slots,
             token=token,
+            at_work=at_work,
             left=len(self._left),
             requests=want,
             late_s=connection.timed_out_slot_s,
         )
         tell_of(connection, found.changed)
-        self._over, self._to_stop = found.over, found.stop
+        # One is kept for what is in hand: it was before those that wait.
+        self._over, self._to_stop = found.over, min(found.stop, max(0, at_work - (1 if self._left else 0)))
         tokens = [f"{token}.{number}" for number in range(1, found.slots + 1)]
         self._tokens.update(tokens)
         held_slots.add(connection.id, tokens)

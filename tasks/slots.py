@@ -51,6 +51,9 @@ TICK_S: Final = 0.5
 JOIN_S: Final = 5.0
 """How long a thread waits for its turn."""
 
+HELD_S: Final = 30.0
+"""How often a request that is held looks at its time, where that is nearly over."""
+
 SCARCE_S: Final = 0.25
 """How long slots are taken to be scarce after one was looked for in vain."""
 
@@ -106,6 +109,10 @@ class Busy(Exception):
         return "this worker has no thread for it"
 
 
+_threads: dict[str, int] = {}
+_threads_lock = threading.Lock()
+
+
 class _Held:
     """The slots of this process, kept alive by a thread; and its own, per connection."""
 
@@ -120,6 +127,7 @@ class _Held:
         self._lock = threading.Lock()
         self._some = threading.Event()
         self._thread: threading.Thread | None = None
+        _threads.clear()
 
     def new_token(self) -> str:
         return f"{self._name}-{next(self._numbers)}"
@@ -135,7 +143,7 @@ class _Held:
 
     def discard(self, connection: str, tokens: list[str]) -> None:
         with self._lock:
-            self._tokens[connection].difference_update(tokens)
+            self._tokens.get(connection, set()).difference_update(tokens)
 
     def count(self, connection: str) -> int:
         return len(self._tokens.get(connection, ()))
@@ -156,10 +164,6 @@ class _Held:
 
 
 held_slots = _Held()
-
-
-_threads: dict[str, int] = {}
-_threads_lock = threading.Lock()
 
 
 def _enter(connection: str, whatever: bool = False) -> bool:
@@ -227,6 +231,10 @@ class Turn:
             raise
         self._token, asking.asker = token, self
 
+    def not_coming(self) -> None:
+        """Give up the place that is kept for a task that was called: it has no thread."""
+        lines().not_coming(self.connection.id, self._task.request.id)
+
     def saw(self, verdict: Verdict, took_s: float) -> None:
         """Note what came of one request: what is wrong counts more than what is well."""
         self._took_s = max(self._took_s, took_s)
@@ -262,6 +270,8 @@ class Turn:
             until = taken.now + self.give_up_after_s - taken.age_s
         if until <= taken.now:
             raise NoTurn(taken.why, taken.unsure)
+        if taken.why in ("maintenance", "credentials"):  # that time does not count
+            until = max(until, taken.now + HELD_S)
         raise self._park(taken.why, until)
 
     def _park(self, why: str, until: float) -> Ignore:
@@ -425,10 +435,12 @@ class ManyTurns:
                 job = left.popleft()
                 began = time.monotonic()
                 verdict = verdict_of(await do(job))
+                # Before the list is looked up: another thread takes it and puts a new one in its place.
+                took_s = time.monotonic() - began
                 if verdict == "timeout":  # the slot is the server's for some time
-                    self._done.append((token, verdict, time.monotonic() - began))
+                    self._done.append((token, verdict, took_s))
                     return
-                self._done.append(("", verdict, time.monotonic() - began))
+                self._done.append(("", verdict, took_s))
             self._done.append((token, "unused", 0.0))
 
         at_work = {asyncio.ensure_future(work(token)) for token in self._tokens}

@@ -8,6 +8,7 @@ that is there already, `end_of` reads what became of it.
 from __future__ import annotations
 
 import json
+import random
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any, NoReturn, Protocol
 
+from celery.exceptions import Retry
 from celery.utils.log import get_logger
 
 from producers.contract import (
@@ -165,7 +167,7 @@ def trigger_dag(self: Any, *before: Any, **message: Any) -> dict[str, Any]:
                 look=partial(there_already, request, task_id=task_id, airflow=airflow),
             )
     except Busy as exc:
-        raise _retry(self, exc, BUSY_S) from exc
+        raise _without_thread(self, turn, exc) from exc
     except NoTurn as exc:
         unsure = exc.unsure or redelivered(self)
         run = _give_up(request, run_id, task_id, None, unsure=unsure, reason=str(exc))
@@ -196,8 +198,19 @@ def trigger_dag(self: Any, *before: Any, **message: Any) -> dict[str, Any]:
         request.key,
         (found.attempts if found else 0) + 1,
     )
-    with turn as airflow:
-        return _when_ended(self, request, run, turn, airflow)
+    try:
+        with turn as airflow:
+            return _when_ended(self, request, run, turn, airflow)
+    except Busy as exc:
+        raise _without_thread(self, turn, exc) from exc
+
+
+def _without_thread(task: Any, turn: Turn, exc: Busy) -> Retry:
+    """Publish a task anew for which its worker has no thread, and return the exception to raise."""
+    turn.not_coming()
+    if redelivered(task):
+        waits().learn(task.request.id, unsure="1")  # its mark is lost with this message
+    return _retry(task, exc, BUSY_S * 2 ** min(task.request.retries, 4) * random.uniform(0.7, 1.3))  # noqa: S311
 
 
 def _when_ended(
@@ -585,7 +598,7 @@ def _give_up(
     if not unsure:
         raise GaveUp(request.give_up_after_s, reason)
     if turn is not None:
-        with suppress(AirflowUnavailable, CredentialsRefused, RequestRejected, NoTurn), turn as airflow:
+        with suppress(AirflowUnavailable, CredentialsRefused, RequestRejected, NoTurn, Busy), turn as airflow:
             existing = airflow.get_dag_run(request.dag_id, run_id)
             if existing is not None:
                 return settle_existing(request, existing, task_id=task_id, airflow=airflow)

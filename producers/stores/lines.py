@@ -148,7 +148,7 @@ if known[4] == 'open' then return {0, 'open', age, unsure, now_text} end
 local free = room(conn)
 if free > 0 and not was_called and redis.call('EXISTS', KEYS[2]) == 1 then  -- a newcomer: the line goes first
   pump(conn)
-  free = room(conn)
+  free = redis.call('EXISTS', KEYS[2]) == 1 and 0 or room(conn)
 end
 local taken = math.min(free, tonumber(ARGV[4]))
 local until_ = string.format('%.6f', now + """
@@ -277,17 +277,35 @@ redis.call('ZREM', slots, '')
 local ended_ = tonumber(ARGV[11])
 for i = 12, 11 + ended_ do redis.call('HDEL', held, ARGV[i]) end
 local changed, over = settle(conn, 12 + ended_, #ARGV)
+local function keep_lease()
+  redis.call('ZREM', 'dagrelay:gone', ARGV[9])
+  if redis.call('EXISTS', held) == 1 then
+    redis.call('ZADD', KEYS[6], string.format('%.6f', now + ARGV[10]), ARGV[9])
+  else
+    redis.call('ZREM', KEYS[6], ARGV[9])
+  end
+end
 if over then
   pump(conn)
-  if redis.call('EXISTS', held) == 0 then redis.call('ZREM', KEYS[6], ARGV[9]) end
+  keep_lease()
   return {0, 0, 1, changed}
 end
 redis.call('HSET', KEYS[4], 'drained_until', string.format('%.3f', now + 1))
 pump(conn)  -- what is first, and not for us
 local answer = {0, 0, 0, changed}
+-- What is first and not plain, and has found no slot, gets those of the caller, all but one while it has some
+-- left that were before it; and nothing more is taken past it.
 local wanted, stop = tonumber(ARGV[8]), 0
-local free = room(conn)
-if wanted > 0 then
+for _, id in ipairs(redis.call('ZRANGE', line, 0, 20)) do
+  local task = string.sub(id, 1, 1) ~= '\\1'
+  if task and redis.call('HEXISTS', 'dagrelay:record:' .. id, 'plain') == 1 then break end
+  if not task or redis.call('HEXISTS', 'dagrelay:parked', id) == 1 then stop = stop + 1 end
+end
+local need = math.min(tonumber(ARGV[4]), tonumber(ARGV[5]) + redis.call('ZCARD', line))
+if stop == 0 and need > 0 then answer[1] = take_slots(conn, need, ARGV[6]) end
+-- Without a slot nothing is taken: in the line it keeps its place before what is new.
+if answer[1] + ARGV[3] == 0 then wanted = 0 end
+if wanted > 0 and stop == 0 then
   for _, id in ipairs(redis.call('ZRANGE', line, 0, wanted + 20)) do
     if wanted <= 0 then break end
     local value = string.sub(id, 1, 1) ~= '\\1' and redis.call('HGET', 'dagrelay:parked', id)
@@ -300,21 +318,13 @@ if wanted > 0 then
       answer[#answer + 1] = id
       answer[#answer + 1] = string.sub(value, string.find(value, '\\0', b + 1, true) + 1)
       wanted = wanted - 1
-    elseif value or string.sub(id, 1, 1) == '\\1' then
-      stop = stop + 1
-    else
+    elseif not value and string.sub(id, 1, 1) ~= '\\1' then
       redis.call('ZREM', line, id)
     end
   end
 end
 answer[2] = stop
-local need = math.min(tonumber(ARGV[4]), tonumber(ARGV[5]) + (#answer - 4) / 2)
-if stop == 0 and need > 0 then answer[1] = take_slots(conn, need, ARGV[6]) end
-if redis.call('EXISTS', held) == 1 then
-  redis.call('ZADD', KEYS[6], string.format('%.6f', now + ARGV[10]), ARGV[9])
-else
-  redis.call('ZREM', KEYS[6], ARGV[9])
-end
+keep_lease()
 return answer
 """
 )
@@ -334,7 +344,7 @@ local known = redis.call('HMGET', KEYS[4], 'held', 'breaker')
 local free = room(conn)
 if free > 0 and redis.call('EXISTS', line) == 1 then
   pump(conn)
-  free = room(conn)
+  free = redis.call('EXISTS', line) == 1 and 0 or room(conn)
 end
 if ARGV[2] == '1' then redis.call('HSET', KEYS[4], 'drained_until', string.format('%.3f', now + 1)) end
 local so_far = string.format('%.3f', held_so_far(conn))
@@ -342,7 +352,12 @@ local gone = {}
 for i = 4, #ARGV, 9 do
   local tag, id, retries = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2])
   local record = 'dagrelay:record:' .. id
-  local of = redis.call('HMGET', record, 'state', 'retried', 'due_at', 'held_s')
+  local of = redis.call('HMGET', record, 'state', 'retried', 'due_at', 'held_s', 'held_at')
+  if of[5] then  -- it has been in line before
+    of[4] = string.format('%.3f', (of[4] or 0) + math.max(0, so_far - of[5]))
+    redis.call('HSET', record, 'held_s', of[4])
+    redis.call('HDEL', record, 'held_at')
+  end
   local there = redis.call('HGET', 'dagrelay:parked', id)
   local from = tonumber(of[3] or now)
   local until_ = from + ARGV[i + 6] + tonumber(of[4] or 0)
@@ -636,7 +651,7 @@ class Lines:
         """Say that there is a connection, and how many requests may be in flight to it."""
         with self._client.pipeline() as pipe:
             pipe.sadd(AIRFLOWS, connection)
-            pipe.hset(airflow_key(connection), "ceiling", str(ceiling))
+            pipe.hsetnx(airflow_key(connection), "ceiling", str(ceiling))  # a change is TAKE's
             pipe.execute()
 
     def take(self, connection: str, token: str, *, ceiling: int, task_id: str = "", want: int = 1) -> Taken:
@@ -677,6 +692,10 @@ class Lines:
         for *first, expires, plain in messages:
             args += (*first, "" if expires is None else f"{expires:.6f}", int(plain))
         return [int(tag) for tag in DIVERT.run(client, (*keys, held_key), args)]
+
+    def not_coming(self, connection: str, task_id: str) -> None:
+        """Give up the place that is kept for a task which was called."""
+        self._client.zrem(called_key(connection), task_id)
 
     def give(
         self,
@@ -737,6 +756,7 @@ class Lines:
         fingerprint: str,
         slots: int,
         token: str,
+        at_work: int,
         left: int,
         requests: int,
         late_s: float = 30.0,
@@ -755,7 +775,8 @@ class Lines:
             held_key,
             leases_key,
         )
-        args: list[Any] = [connection, fingerprint, "", slots, left, token, late_s, requests, name, lease_s]
+        args: list[Any] = [connection, fingerprint, at_work, slots, left, token, late_s]
+        args += (requests, name, lease_s)
         args += (len(ended), *ended)
         for one, verdict, took_s in done:
             args += (one, verdict, f"{took_s:.4f}")

@@ -85,7 +85,8 @@ local function room(conn)
   local slots, called = 'dagrelay:slots:' .. conn, 'dagrelay:called:' .. conn
   redis.call('ZREMRANGEBYSCORE', slots, '-inf', now)
   redis.call('ZREMRANGEBYSCORE', called, '-inf', now)
-  local limit = math.floor(tonumber(known[1] or known[2] or 1) + 1e-6)
+  local ceiling = tonumber(known[2] or 1)
+  local limit = math.floor(math.min(tonumber(known[1] or ceiling), ceiling) + 1e-6)
   return limit - redis.call('ZCARD', slots) - redis.call('ZCARD', called)
 end
 local function grant(conn, member)

@@ -272,8 +272,9 @@ else
   redis.call('HDEL', record, 'next_at')
   redis.call('EXPIRE', record, ARGV[5])
   local waited = redis.call('HMGET', record, 'waits_for', 'look', 'cancel_by', 'fan_out', 'part', 'outside',
-    'wake_keys')
+    'wake_keys', 'line')
   local id = string.sub(record, 17)
+  if waited[8] then redis.call('ZREM', waited[8], id) end
   redis.call('DEL', 'dagrelay:seen:' .. id)
   redis.call('ZREM', 'dagrelay:cancelled', id)
   if waited[1] then  -- an older copy of the message may be what ends it
