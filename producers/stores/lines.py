@@ -120,8 +120,10 @@ TAKE: Final = Script(
     PARKING
     + """
 local conn, id = ARGV[1], ARGV[2]
-redis.call('ZREM', KEYS[2], id)
 local was_called = redis.call('ZREM', KEYS[3], id) == 1
+-- An older copy of a task whose worker stood still, while a newer one waits: that keeps its place.
+local older = id ~= '' and redis.call('HEXISTS', 'dagrelay:parked', id) == 1
+if not older then redis.call('ZREM', KEYS[2], id) end
 local known = redis.call('HMGET', KEYS[5], 'ceiling', 'limit', 'held', 'breaker')
 if known[1] ~= ARGV[3] or not known[2] then
   redis.call('HSET', KEYS[5], 'ceiling', ARGV[3])
@@ -135,7 +137,7 @@ local age, unsure = '0', '0'
 if id ~= '' then
   local of = redis.call('HMGET', KEYS[1], 'due_at', 'held_s', 'held_at', 'unsure')
   local held = tonumber(of[2] or 0)
-  if of[3] then
+  if of[3] and not older then
     held = held + math.max(0, held_so_far(conn) - of[3])
     redis.call('HSET', KEYS[1], 'held_s', string.format('%.3f', held))
     redis.call('HDEL', KEYS[1], 'held_at', 'line')

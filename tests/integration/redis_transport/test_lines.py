@@ -276,6 +276,20 @@ def test_one_that_came_back_another_way_keeps_no_place(way):
     assert way.sent_on() == ["b"]
 
 
+def test_an_older_copy_of_a_task_takes_no_place_from_the_newer_one(way):
+    """Its worker stood still, its message went to another, who has parked it; now the first one goes on."""
+    way.accept("a")
+    tokens = way.take_all()
+    assert way.begin("a") == ""
+
+    assert way.take("a")[0].slots == 0
+    way.epochs["a"] = 0
+    assert way.park("a") == "stale"
+
+    way.give(tokens[0])
+    assert way.sent_on() == ["a"]
+
+
 def test_what_waits_in_line_leaves_what_it_was_told_for_when_it_comes_back(way):
     way.accept("a")
     way.take(want=4)
