@@ -216,12 +216,15 @@ ENTER: Final = Script(
 local conn, gate, id = ARGV[1], ARGV[1] .. ':' .. ARGV[2], ARGV[3]
 local cares, window = ARGV[5] ~= 'trigger', ARGV[6]
 redis.call('ZREM', KEYS[2], '')  -- nothing: a deletion first, so that it goes on where Redis is full
-redis.call('ZREM', KEYS[4], id)
+-- An older copy of a task whose worker stood still, while a newer one waits: that keeps its place.
+local older = redis.call('HEXISTS', 'dagrelay:parked', id) == 1
+if not older then redis.call('ZREM', KEYS[4], id) end
 local facts = facts_of(gate)
 local stopped = paused_so_far(conn, facts)
 local age, unsure, before, from = 0, '0', '0', now
 local of = redis.call('HMGET', KEYS[1], 'due_at', 'held_s', 'held_at', 'paused_at', 'unsure', 'gated', 'line')
-if of[7] then redis.call('ZREM', of[7], id) end  -- it may have been another class's, or its connection's
+-- It may have been in the line of another class, or of its connection.
+if of[7] and not older then redis.call('ZREM', of[7], id) end
 local held = tonumber(of[2] or 0)
 if of[3] then held = held + math.max(0, held_so_far(conn) - of[3]) end
 if of[4] then held = held + math.max(0, stopped - of[4]) end
