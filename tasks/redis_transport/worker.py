@@ -73,12 +73,16 @@ def _on_celeryd_init(instance: Any, **_: Any) -> None:
     transport.Channel.timezone = instance.app.timezone
 
 
+class PoolRefused(ImproperlyConfigured):
+    """This transport does not work in a pool of this kind. An error of ours: its words may be logged."""
+
+
 class RefuseGreen(bootsteps.Step):
     """Refuse gevent and eventlet: their loop is not the one that this transport's sockets are read by."""
 
     def __init__(self, worker: Any, **kwargs: Any) -> None:
         if getattr(worker.pool_cls, "is_green", False):
-            raise ImproperlyConfigured(
+            raise PoolRefused(
                 "the pools gevent and eventlet have no event loop for this transport, and nothing would "
                 "bring back what is parked: use -P threads, or processes, or solo"
             )
