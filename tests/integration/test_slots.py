@@ -222,7 +222,7 @@ def test_answers_lost_while_a_line_is_drained_make_no_second_run(relay, airflow,
 
 @pytest.mark.parametrize("moment", [0.3, 0.6, 0.9])
 def test_a_worker_killed_while_it_drains_leaves_one_run_for_each(relay, airflow, start_worker, moment):
-    airflow.delay_s = 0.01
+    airflow.delay_s = 0.03
     connections = {"default": f"{airflow.conn_uri}/?max_in_flight=4"}
     first = start_worker(name="w1", connections=connections, DAGRELAY_VISIBILITY_TIMEOUT_S="5")
     handles = relay.enqueue_many(requests(300))
