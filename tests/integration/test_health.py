@@ -350,7 +350,7 @@ def test_holds_are_found_for_credentials_at_once_and_by_hand_when_they_are_old(s
 
 
 def test_a_fan_out_that_lost_a_part_is_found_and_one_that_waits_is_not(start, health, relay, airflow):
-    start(DAGRELAY_FAN_OUT_WATCH_S="0.2")
+    start(DAGRELAY_FAN_OUT_WATCH_S="2")  # the watch itself would find it too, and end it, seconds later
     handle = fan_out([TriggerRequest(dag_id="good", wait=True) for _ in range(3)], relay=relay)
     until(lambda: len(airflow.runs) == 3, "started")
     client = relay.redis
