@@ -67,13 +67,12 @@ MOST_AHEAD: Final = 400
 _KEYS: Final = Keys(namespace="dagrelay")
 
 
-def is_plain(readable: Readable, connection: AirflowConnection) -> bool:
+def is_plain(readable: Readable) -> bool:
     """Tell whether a new request may be posted without Celery: nothing follows its end."""
     args, kwargs, embed = readable.decoded
     headers = readable.headers
     return (
         not args
-        and getattr(connection, "window", None) is None
         and not any((embed or {}).values())
         and not headers.get("group")
         and readable.expires is None
@@ -117,10 +116,6 @@ class Drain:
         """Take nothing more, end what is in flight and put back the rest."""
         self._stopping = True
         self._ended.wait(timeout_s)
-
-    def go_on(self) -> None:
-        """Be ready to drain again, after `stop`."""
-        self._stopping = False
 
     async def _run(self) -> None:
         # Each time under another name: what one that failed has left comes back when its lease has run out.
@@ -324,12 +319,6 @@ def stop_all(timeout_s: float = 12.0) -> None:
         one._stopping = True
     for one in list(_drains.values()):
         one.stop(timeout_s)
-
-
-def go_on() -> None:
-    """Drain again where that is asked for, after `stop_all`."""
-    for one in list(_drains.values()):
-        one.go_on()
 
 
 @signals.worker_shutdown.connect

@@ -45,7 +45,7 @@ class WorkerSettings:
     retry_cap_s: float = 20.0
     """The longest wait between two attempts; what Airflow asks for by Retry-After goes beyond it."""
     hold_probe_s: float = 30.0
-    """How often a connection whose credentials were refused is tried again, by one request."""
+    """How often a connection whose credentials were refused is tried again, by one cheap question."""
     fan_out_watch_s: float = 60.0
     """How often a fan-out that does not get on is looked at: whether all of its parts are still there."""
     metrics_ports: range = range(0)

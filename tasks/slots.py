@@ -145,9 +145,6 @@ class _Held:
         with self._lock:
             self._tokens.get(connection, set()).difference_update(tokens)
 
-    def count(self, connection: str) -> int:
-        return len(self._tokens.get(connection, ()))
-
     def _renew(self) -> None:
         while True:
             self._some.wait()
@@ -547,7 +544,7 @@ def divert(client: Any, held_key: str, claimed: list[Diverted]) -> list[int]:
                     ahead_s(priority),
                     give_up_after_s,
                     readable.expires,
-                    drain.is_plain(readable, settings().connections[connection]),
+                    drain.is_plain(readable),
                 )
             )
     gone: list[int] = []

@@ -25,6 +25,8 @@ submitted_at    worker       when its id was known
 cancel_by       both         who asked to cancel it
 missing_since   worker       since when Airflow says that the DAG is missing or broken
 held_s          worker       seconds spent waiting for a held connection
+held_at         worker       in line: for how long its connection had been held by then (see `lines`)
+line            worker       the line in which it waits; plain: who drains that line may take it
 reason          worker       why it waits, or why it ended so
 error           worker       the class in `errors` that ended it, with error_args as JSON
 run             worker       the run that it ended in, as JSON
