@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -50,30 +50,35 @@ class Found:
 
 @dataclass
 class Told:
-    """What a way says of its triggers: which it still tries, and how its failed attempts ended."""
+    """What a way says of its triggers: which it still tries, how its failed attempts ended, and when the call
+    began that handed over all of them (seconds since 1970): what it starts before that is not measured."""
 
     trying: set[int]
     why: Counter[str]
+    began: float
 
+
+REST_S = 10.0
+"""Such a machine is quicker for some seconds after a rest: one whose workers have just started is not."""
 
 Way = Callable[[Target, str, range, Path], Told]
 """Has runs of a DAG made for the numbers, and returns when all has ended or its time is over."""
 
 
-def measure(way: Way, target: Target, dag_id: str, numbers: range, folder: Path, name: str) -> Found:
+def measure(opened: Opened, target: Target, dag_id: str, numbers: range, folder: Path, name: str) -> Found:
     """Have one way trigger, by a new API server; list what was made; say how it went."""
     target.restart()
-    log_size, began = target.log_size(), time.time()
-    told = way(target, dag_id, numbers, folder)
+    log_size = target.log_size()
+    told = whole(opened)(target, dag_id, numbers, folder)
     cap = time.time()
     answers_5xx = target.answers_5xx(log_size)
     if told.trying:  # it may not answer any more, or still be at it
         target.airflow.kill_api()
         target.airflow.start_api()
     made = target.runs(dag_id)
-    found = account(made, numbers, told)
+    found = account(made, numbers, told.trying, told.why)
     in_time = [at for number, at in made.at.items() if number in numbers and at <= cap]
-    found.seconds = (cap if told.trying else max(in_time, default=cap)) - began
+    found.seconds = (cap if told.trying else max(in_time, default=cap)) - told.began
     found.per_s = round(len(in_time) / found.seconds, 1)
     found.seconds = round(found.seconds, 1)
     found.answers_5xx = answers_5xx
@@ -81,37 +86,107 @@ def measure(way: Way, target: Target, dag_id: str, numbers: range, folder: Path,
     return found
 
 
-def account(made: Made, numbers: range, told: Told) -> Found:
+def in_turn(
+    ways: Mapping[str, Opened],
+    target: Target,
+    dag_ids: Mapping[str, str],
+    numbers: range,
+    each: int,
+    folder: Path,
+) -> dict[str, Found]:
+    """Have several ways trigger in turn, `each` numbers at a time, by one new API server.
+
+    The speed of such a machine changes by half within a minute: what is done in turns of seconds finds it
+    alike.
+    """
+    target.restart()
+    log_size = target.log_size()
+    spans: dict[str, list[tuple[range, float]]] = {name: [] for name in ways}
+    told: dict[str, Told] = {name: Told(set(), Counter(), 0.0) for name in ways}
+    parts = [numbers[begin : begin + each] for begin in range(0, len(numbers), each)]
+    with contextlib.ExitStack() as opened:
+        triggers = {
+            name: opened.enter_context(way(target, dag_ids[name], folder)) for name, way in ways.items()
+        }
+        time.sleep(REST_S)
+        for turn, part in enumerate(parts):
+            for name in list(ways)[:: 1 if turn % 2 == 0 else -1]:
+                one = triggers[name](part)
+                spans[name].append((part, one.began))
+                told[name].trying |= one.trying
+                told[name].why = one.why  # of all turns so far
+    answers_5xx = target.answers_5xx(log_size)
+    founds = {}
+    for name in ways:
+        made = target.runs(dag_ids[name])
+        found = account(made, numbers, told[name].trying, told[name].why)
+        found.seconds = sum(
+            max(made.at.get(number, began) for number in part) - began for part, began in spans[name]
+        )
+        found.per_s = round(found.made / found.seconds, 1)
+        found.seconds = round(found.seconds, 1)
+        found.answers_5xx = answers_5xx
+        say(f"{name}: {found}")
+        founds[name] = found
+    return founds
+
+
+def account(made: Made, numbers: range, trying: set[int], why: Counter[str]) -> Found:
     """Compare what was accepted with the runs that there are."""
     return Found(
         made=sum(number in made.at for number in numbers),
-        lost=sum(number not in made.at and number not in told.trying for number in numbers),
+        lost=sum(number not in made.at and number not in trying for number in numbers),
         duplicates=made.extra,
-        open=len(told.trying),
-        errors=sum(told.why.values()),
-        why=dict(told.why.most_common(8)),
+        open=len(trying),
+        errors=sum(why.values()),
+        why=dict(why.most_common(8)),
     )
 
 
 # The ways
 
 
-def direct(in_flight: int) -> Way:
-    """The best client that speaks to Airflow directly."""
+Slice = Callable[[range], Told]
+"""Has runs made for these numbers, and returns when all have ended or the time is over."""
+
+Opened = Callable[[Target, str, Path], contextlib.AbstractContextManager[Slice]]
+"""Starts what a way needs to trigger that DAG, and stops it in the end."""
+
+
+def whole(opened: Opened) -> Way:
+    """Return the way that does all of the numbers at once, after a rest."""
 
     def way(target: Target, dag_id: str, numbers: range, folder: Path) -> Told:
-        url = f"{target.airflow.url}/api/v2/dags/{dag_id}/dagRuns"
-        found = trigger_all(url, target.token(), numbers, in_flight, CAP_S)
-        del found["200"]
-        return Told(set(), found)
+        with opened(target, dag_id, folder) as trigger:
+            time.sleep(REST_S)
+            return trigger(numbers)
 
     return way
 
 
-def stock(task: str, cap_s: float, via: Drops | None = None) -> Way:
+def direct(in_flight: int) -> Opened:
+    """The best client that speaks to Airflow directly."""
+
+    @contextlib.contextmanager
+    def opened(target: Target, dag_id: str, folder: Path) -> Iterator[Slice]:
+        url, token = f"{target.airflow.url}/api/v2/dags/{dag_id}/dagRuns", target.token()
+
+        def trigger(numbers: range) -> Told:
+            began = time.time()
+            found = trigger_all(url, token, numbers, in_flight, CAP_S)
+            del found["200"]
+            return Told(set(), found, began)
+
+        yield trigger
+
+    return opened
+
+
+def stock(task: str, cap_s: float, via: Drops | None = None) -> Opened:
     """The task of `naive_app` with that name."""
 
-    def way(target: Target, dag_id: str, numbers: range, folder: Path) -> Told:
+    @contextlib.contextmanager
+    def opened(target: Target, dag_id: str, folder: Path) -> Iterator[Slice]:
         notes = folder / f"{dag_id}.notes"
         notes.touch()
         env = clean_env(
@@ -122,18 +197,24 @@ def stock(task: str, cap_s: float, via: Drops | None = None) -> Way:
             FILE=str(notes),
         )
         with Valkey() as valkey, stock_workers(valkey.url, env, folder, dag_id):
-            push(redis.Redis.from_url(valkey.url), "celery", (message(task, (number,)) for number in numbers))
-            ended, why = set[int](), Counter[str]()
-            deadline, told_at = time.monotonic() + cap_s, time.monotonic()
-            while len(ended) < len(numbers) and time.monotonic() < deadline:
-                time.sleep(0.2)
-                ended, why = read_notes(notes)
-                if time.monotonic() - told_at > 5:
-                    told_at = time.monotonic()
-                    say(f"{dag_id}: {len(ended)} of {len(numbers)} ended, {dict(why)}")
-        return Told(set(numbers) - ended, why)
+            client = redis.Redis.from_url(valkey.url)
 
-    return way
+            def trigger(numbers: range) -> Told:
+                began = time.time()
+                push(client, "celery", (message(task, (number,)) for number in numbers))
+                wanted, ended, why = set(numbers), set[int](), Counter[str]()
+                deadline, told_at = time.monotonic() + cap_s, time.monotonic()
+                while not wanted <= ended and time.monotonic() < deadline:
+                    time.sleep(0.2)
+                    ended, why = read_notes(notes)
+                    if time.monotonic() - told_at > 5:
+                        told_at = time.monotonic()
+                        say(f"{dag_id}: {len(wanted & ended)} of {len(numbers)} ended, {dict(why)}")
+                return Told(wanted - ended, why, began)
+
+            yield trigger
+
+    return opened
 
 
 @contextlib.contextmanager
@@ -171,19 +252,25 @@ def read_notes(file: Path) -> tuple[set[int], Counter[str]]:
     return ended, why
 
 
-def relay(via: Drops | None = None) -> Way:
+def relay(via: Drops | None = None) -> Opened:
     """Dagrelay: two workers, nothing else set."""
 
-    def way(target: Target, dag_id: str, numbers: range, folder: Path) -> Told:
+    @contextlib.contextmanager
+    def opened(target: Target, dag_id: str, folder: Path) -> Iterator[Slice]:
         airflow = target.airflow
         uri = via.conn_uri(airflow.username, airflow.password) if via else airflow.conn_uri
         with Valkey() as valkey, relay_workers(valkey.url, uri, folder):
             requests = Requests(valkey.url, dag_id)
-            requests.hand_over(numbers)
-            trying = requests.wait(CAP_S, dag_id)
-            return Told(trying, requests.why())
 
-    return way
+            def trigger(numbers: range) -> Told:
+                began = time.time()
+                requests.hand_over(numbers)
+                trying = requests.wait(CAP_S, dag_id)
+                return Told(trying, requests.why(), began)
+
+            yield trigger
+
+    return opened
 
 
 @contextlib.contextmanager

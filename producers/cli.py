@@ -70,6 +70,7 @@ main.add_command(cli_dead.dead)
     help="With --wait: seconds for which the workers wait for the run's end.  [default: 24 h]",
 )
 @click.option("--result-from", help="With --wait: the task of the run whose XCom is its result.")
+@click.option("--on-end", multiple=True, help="A hook, as the workers name it, that is told of the end.")
 @click.option("--stop-run", is_flag=True, help="With --wait: when the waiting ends first, fail the run.")
 @told
 def trigger(
@@ -78,6 +79,7 @@ def trigger(
     until_created: bool,
     wait: bool,
     stop_run: bool,
+    on_end: tuple[str, ...],
     timeout: float | None,
     **given: Any,
 ) -> None:
@@ -93,7 +95,7 @@ def trigger(
         fields["conf"] = _json_object(conf)
     if fields.get("window", "").isdecimal():
         fields["window"] = int(fields["window"])
-    request = TriggerRequest(**fields, wait=wait, stop_run=stop_run)
+    request = TriggerRequest(**fields, wait=wait, stop_run=stop_run, on_end=list(on_end))
     handle = RelayClient().enqueue(request, countdown=countdown)
     click.echo(handle.id)
     if until_created or wait:

@@ -12,7 +12,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, overload
 
@@ -83,7 +83,7 @@ class RelayClient:
         Redis does not answer. Whether the message arrived is then unknown: send again with the same
         `key`, and there is still one run.
         """
-        item = self._item(request, **options)
+        item = self.item(request, **options)
         with told_as_unavailable():
             new = self.records.accept(item)
         # An id that was on record before keeps the run id of that first call: looked up when asked for.
@@ -99,7 +99,7 @@ class RelayClient:
 
         def items() -> Iterator[Accepted]:
             for request in requests:
-                item = self._item(request)
+                item = self.item(request)
                 handles.append(Handle(item.task_id, item.dag_run_id or None, self))
                 yield item
 
@@ -127,10 +127,12 @@ class RelayClient:
         with told_as_unavailable():
             return sum(self.waits.wake_by_key(key, observation, by=self.settings.client_name))
 
-    def _item(
+    def item(
         self,
         request: TriggerRequest | PollRequest,
         *,
+        by: str | None = None,
+        more: Mapping[str, str] | None = None,
         task_id: str | None = None,
         countdown: float | None = None,
         eta: datetime | None = None,
@@ -143,7 +145,11 @@ class RelayClient:
         traceparent: str | None = None,
         tracestate: str | None = None,
     ) -> Accepted:
-        """Return a request as it goes to Redis. Raises InvalidRequest when an option is wrong."""
+        """Return a request as it goes to Redis, with the options of `enqueue`; nothing is sent.
+
+        `by` is who asks, where that is not this client; `more` are further fields of the record. Raises
+        InvalidRequest when an option is wrong.
+        """
         if not isinstance(request, TriggerRequest | PollRequest):
             raise TypeError(f"a request is a TriggerRequest or a PollRequest, not a {type(request).__name__}")
         now = time.time()
@@ -155,7 +161,7 @@ class RelayClient:
         return item_of(
             request,
             task_id=task_id,
-            asked=Asked(at=now, by=self.settings.client_name, due=now + delay_s if delay_s else None),
+            asked=Asked(at=now, by=by or self.settings.client_name, due=now + delay_s if delay_s else None),
             delay_s=delay_s,
             expires_at=_expires_at(now, expires) if expires is not None else None,
             priority=priority,
@@ -164,6 +170,7 @@ class RelayClient:
             chain=chain,
             ignore_result=ignore_result,
             trace=tracing.of_call(traceparent, tracestate),
+            more=more,
         )
 
 

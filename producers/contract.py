@@ -46,6 +46,7 @@ VERSION: Final = 1
 
 TRIGGER_DAG: Final = "tasks.trigger_dag"
 POLL_EXTERNAL_JOB: Final = "tasks.poll_external_job"
+SEND_WEBHOOK: Final = "tasks.send_webhook"
 
 QUEUE_TRIGGERS: Final = "triggers"
 QUEUE_JOBS: Final = "jobs"
@@ -317,6 +318,10 @@ def _window(value: Any) -> Any:
 
 
 Text = Annotated[str, AfterValidator(_text)]
+Hooks = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=100), AfterValidator(_connection)]],
+    Field(max_length=5),
+]
 Instant = Annotated[AwareDatetime, BeforeValidator(_from_iso)]
 IfExists = Literal["reuse", "fail", "clear", "skip"]
 IfPaused = Literal["trigger", "hold", "fail", "unpause"]
@@ -379,6 +384,9 @@ class TriggerRequest(_Request):
         With `wait`: when the waiting ends before the run does (`wait_timeout_s`, a cancel), set the run to
         failed in Airflow, which ends its tasks. A run that somebody else made, and that this request only
         joined, is left alone.
+    on_end
+        Whom to tell when the request has ended, by a signed webhook: names of hooks that the workers know as
+        `DAGRELAY_HOOK_<ID>`.
     """
 
     dag_id: Annotated[str, Field(min_length=1, max_length=250), AfterValidator(_dag_id)]
@@ -413,6 +421,7 @@ class TriggerRequest(_Request):
     ] = WAIT_TIMEOUT_S
     result_from: Annotated[Text, Field(min_length=1, max_length=250)] | None = None
     stop_run: bool = False
+    on_end: Hooks = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _of_waiting(self) -> Self:
@@ -658,6 +667,8 @@ class PollRequest(_Request):
         ``{"method": "DELETE", "path": "/jobs/{job_id}"}``.
     wake_keys
         Names by which somebody may wake it (`wake`): a webhook, a callback, a message.
+    on_end
+        Whom to tell when the request has ended: see `TriggerRequest`.
     """
 
     service: Annotated[str, Field(min_length=1, max_length=100), AfterValidator(_connection)]
@@ -691,6 +702,7 @@ class PollRequest(_Request):
     wake_keys: Annotated[list[Annotated[Text, Field(min_length=1, max_length=250)]], Field(max_length=20)] = (
         Field(default_factory=list)
     )
+    on_end: Hooks = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _as_a_whole(self) -> Self:

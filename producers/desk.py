@@ -201,7 +201,7 @@ class Desk:
             request = checked(letter, given, if_exists)
             kept = letter.request or {}
             trace = trace_of(kept)
-            item = self._relay._item(
+            item = self._relay.item(
                 request,
                 priority=_priority(kept.get("priority")),
                 link=kept.get("callbacks"),

@@ -10,7 +10,8 @@ the very class that the worker raised.
     ├── ConfigurationError        a setting is missing or wrong: mend the environment
     ├── InvalidRequest            the request is wrong by its form: mend the call
     │   ├── ConnectionNotConfigured   it names an Airflow that the worker does not know
-    │   └── ServiceNotConfigured      it names a service that the worker does not know, or another host
+    │   ├── ServiceNotConfigured      it names a service that the worker does not know, or another host
+    │   └── NotAllowed                its sender may not ask for it: see `scopes`
     ├── BrokerUnavailable         Redis did not take it, or did not say: send again with the same key
     ├── ResultError
     │   ├── ResultNotReady        not ended within the timeout of `.get()`: ask again
@@ -78,6 +79,10 @@ class InvalidRequest(DagrelayError, ValueError):
 
     def __str__(self) -> str:
         return self.reason
+
+
+class NotAllowed(InvalidRequest):
+    """The sender may not ask for this. Told to senders that are known; says nothing of what there is."""
 
 
 class ConnectionNotConfigured(InvalidRequest):

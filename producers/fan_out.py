@@ -101,7 +101,7 @@ def fan_out(
 
     def items() -> Iterator[Item]:
         for request in checked:
-            accepted = relay._item(request)
+            accepted = relay.item(request)
             handles.append(Handle(accepted.task_id, accepted.dag_run_id, relay))
             yield Item(accepted.task_id, accepted.message, "\0".join(accepted[4:10]))
 

@@ -170,6 +170,7 @@ def _trigger_dag(
     wait_timeout_s: float | None = None,
     result_from: str | None = None,
     stop_run: bool = False,
+    on_end: list[str] | None = None,
 ) -> TriggerRequest:
     """Start one Airflow DAG run; repeated with the same key, it is still one run.
 
@@ -208,6 +209,8 @@ def _trigger_dag(
         given["result_from"] = result_from
     if stop_run:
         given["stop_run"] = stop_run
+    if on_end:
+        given["on_end"] = on_end
     return TriggerRequest(**given)
 
 
@@ -245,6 +248,7 @@ def _poll_external_job(
     then: TriggerRequest | dict[str, Any] | None = None,
     on_cancel: Call | dict[str, Any] | None = None,
     wake_keys: list[str] | None = None,
+    on_end: list[str] | None = None,
 ) -> PollRequest:
     """Start a job on an outside service (with `submit`) and follow it until it ends; waiting costs no worker.
 

@@ -51,7 +51,7 @@ log = get_logger("dagrelay.drain")
 LEASE_S: Final = 8.0
 """How long what a worker holds is its own when it is not heard of."""
 
-STEP_S: Final = 0.1
+STEP_S: Final = 0.2
 """How often a step in Redis is made. Each costs as much as posting two requests, and an Airflow on the same
 cores gets what is saved."""
 
@@ -82,7 +82,7 @@ def is_plain(readable: Readable) -> bool:
 
 PLAIN_FIELDS: Final = frozenset(
     {"v", "asked", "dag_id", "conf", "key", "dag_run_id", "logical_date", "run_after", "note", "connection"}
-    | {"give_up_after_s", "priority", "if_exists"}
+    | {"give_up_after_s", "priority", "if_exists", "on_end"}
 )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -16,12 +16,15 @@ from ..contract import (
     POLL_EXTERNAL_JOB,
     QUEUE_JOBS,
     QUEUE_TRIGGERS,
+    SEND_WEBHOOK,
     TRIGGER_DAG,
+    VERSION,
     Asked,
     PollRequest,
     TriggerRequest,
 )
 from ..errors import InvalidRequest
+from .notices import at_end_field
 from .records import Accepted
 
 if TYPE_CHECKING:
@@ -82,26 +85,31 @@ def item_of(
     chain: list[Any] | None = None,
     ignore_result: bool = False,
     trace: Trace | None = None,
+    more: Mapping[str, str] | None = None,
 ) -> Accepted:
     """Return a request as it goes to Redis, for `Records.accept`. Raises InvalidRequest for the priority.
 
     `delay_s` counts from `asked.at`; `expires_at` is in seconds since 1970. `chain`: what follows it in a
-    Celery chain, the last first.
+    Celery chain, the last first. `more` are further fields of the record, without NUL.
     """
     message = request.to_message()
     message["asked"] = asked.to_message()
     if isinstance(request, TriggerRequest):
         task, queue = TRIGGER_DAG, QUEUE_TRIGGERS
         run_id = request.run_id_for(task_id)
-        shown, more = request.shown_with(run_id), ""
+        shown, fields = request.shown_with(run_id), ""
         about = (task, request.dag_id, run_id, request.key or "", request.connection, asked.by)
     else:
         task, queue = POLL_EXTERNAL_JOB, QUEUE_JOBS
         shown = request.shown(task_id)
-        more = f"\0service\0{request.service}\0reference\0{request.reference_for(task_id)}"
+        fields = f"\0service\0{request.service}\0reference\0{request.reference_for(task_id)}"
         if request.job_id is not None:
-            more += f"\0job_id\0{request.job_id}"
+            fields += f"\0job_id\0{request.job_id}"
         about = (task, "", "", "", "", asked.by)
+    if request.on_end:
+        fields += f"\0at_end\0{at_end_field(end_messages(request.on_end, task_id, asked.by))}"
+    for name, value in (more or {}).items():
+        fields += f"\0{name}\0{value}"
     return Accepted(
         task_id,
         _queue_key(queue, priority),
@@ -123,8 +131,35 @@ def item_of(
         ),
         delay_s,
         *about,
-        more,
+        fields,
     )
+
+
+def end_messages(hooks: Sequence[str], task_id: str, by: str) -> list[tuple[str, bytes]]:
+    """Return the messages, with their lists, that have workers tell hooks of a request's end.
+
+    Their ids are made from the request's: one that comes twice is one.
+    """
+    return [
+        (
+            QUEUE_JOBS,
+            _envelope(
+                task=SEND_WEBHOOK,
+                task_id=f"{task_id}.end.{hook}",
+                queue=QUEUE_JOBS,
+                kwargs={"v": VERSION, "task_id": task_id, "hook": hook},
+                callbacks=None,
+                errbacks=None,
+                kwargsrepr=f"task_id={task_id!r}, hook={hook!r}",
+                eta=None,
+                expires=None,
+                priority=0,
+                origin=by,
+                ignore_result=True,
+            ),
+        )
+        for hook in hooks
+    ]
 
 
 def _envelope(

@@ -235,6 +235,7 @@ for i = 4, #ARGV, 2 do
         .. (known[6] or '') .. '","state":"done","run":' .. run .. ',"error":null,"reason":null}'
       part_ended(known[2], known[3], 'done', outcome, known[4] and record, false)
     end
+    tell_end(record, id, 'ended')
     redis.call('PUBLISH', result, meta)
     ended = ended + 1
   end

@@ -35,6 +35,8 @@ corrected_at    worker       when an unknown outcome was found to be a run after
 fan_out         caller       the fan-out that it is part of (its own id: it is the fan-out)
 part            caller       its chunk and its place in it; outside (worker): it has a message of its own
 replay_of       caller       the request of which it is a replay: see `dead`
+tell, at_end    caller       who hears of it, and what its end sends on: see `notices`
+fingerprint     caller       what was asked with an id of the sender's own, as a hash
 =============== ============ ====================================================================
 
 A record is written in the same script as the message it accounts for (`ACCEPT`) and as the Celery
@@ -52,6 +54,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, cast
 from redis.exceptions import NoScriptError
 
 from .letters import LETTERS, Keeping
+from .notices import NOTICES
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -95,14 +98,17 @@ class Script:
 # further ones. A request without a DAG has none of its fields. An id that is on record
 # already is not queued again, so that a call whose answer was lost may be repeated (by us, within the call;
 # by the caller, with its own task_id). The push goes first: where it fails (a key of another type), no record
-# says that something was accepted.
+# says that something was accepted. Returns a text with 1 for each that is new, and 0 for each other.
 ACCEPT: Final = Script("""
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1e6
 local now_text = string.format('%.6f', now)
-local new, messages = {}, {}
+local new, messages, told, taken = {}, {}, {}, {}
 for i = 1, #KEYS, 2 do
-  if redis.call('EXISTS', KEYS[i]) == 0 then
+  local is_new = not taken[KEYS[i]] and redis.call('EXISTS', KEYS[i]) == 0
+  told[#told + 1] = is_new and '1' or '0'
+  if is_new then
+    taken[KEYS[i]] = true
     local queue = KEYS[i + 1]
     local list = messages[queue] or {}
     messages[queue] = list
@@ -124,7 +130,7 @@ for _, i in ipairs(new) do
   end
   if #about > 6 then redis.call('HSET', KEYS[i], unpack(about, 7)) end
 end
-return #new
+return table.concat(told)
 """)
 
 # KEYS: the record. ARGV: unsure (0/1), missing (0/1), held_s to add, reason, the reason as one short line.
@@ -183,7 +189,8 @@ return {attempts, string.format('%.3f', age), string.format('%.3f', missing),
 # with the last of them, or finds a line in its mailbox when it comes to park. `outside`: the record of such a
 # one, whose field goes as it is counted off, so that this is done once.
 PART_ENDED: Final = (
-    """
+    NOTICES
+    + """
 local function part_ended(fan_out, part, state, outcome, outside, corrected)
   local key = 'dagrelay:fan-out:' .. fan_out
   local about = redis.call('HMGET', key, 'total', 'over', 'on_error')
@@ -303,6 +310,7 @@ else
     redis.call('HSET', record, 'run', kept)
     redis.call('HDEL', record, 'run_kept')
   end
+  tell_end(record, id, ARGV[6] == '1' and 'corrected' or 'ended')
 """
 _TELL: Final = """
 end
@@ -450,7 +458,15 @@ class Records:
 
     def accept(self, item: Accepted) -> bool:
         """Queue one request and begin its record; tell whether its id is new."""
-        return bool(ACCEPT.run(self._client, (record_key(item.task_id), item.queue), item.args()))
+        return bool(ACCEPT.run(self._client, (record_key(item.task_id), item.queue), item.args()) == b"1")
+
+    def accept_many(self, items: Sequence[Accepted], chunk: int = 200) -> list[bool]:
+        """Queue many requests and begin their records; tell of each whether its id is new.
+
+        When the connection breaks, some chunks may be in and others not: to send all again does no harm.
+        """
+        pipe = self.batch(items, chunk)
+        return [one == ord("1") for answer in pipe.execute()[1:] for one in answer]
 
     def batch(self, items: Iterable[Accepted], chunk: int = 200, chunk_bytes: int = 1 << 20) -> Pipeline:
         """Return a pipeline that queues many requests and begins their records; nothing is sent yet.

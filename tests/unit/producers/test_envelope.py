@@ -57,7 +57,7 @@ def through_kombu(app: Celery[Any], message: bytes) -> Message:
 
 
 def test_kombu_and_celery_read_our_message_as_they_read_their_own(app, nobody):
-    item = nobody._item(SALES, task_id="t1")
+    item = nobody.item(SALES, task_id="t1")
 
     taken = through_kombu(app, item.message)
     request = Request(taken, app=app, task=app.tasks[TRIGGER_DAG])
@@ -76,7 +76,7 @@ def test_kombu_and_celery_read_our_message_as_they_read_their_own(app, nobody):
 
 @pytest.mark.parametrize("options", [{}, {"ignore_result": True}, {"expires": 600, "countdown": 5}])
 def test_our_headers_properties_and_body_are_those_that_celery_makes_for_the_same_call(app, nobody, options):
-    ours = through_kombu(app, nobody._item(SALES, task_id="t1", **options).message)
+    ours = through_kombu(app, nobody.item(SALES, task_id="t1", **options).message)
     sent = json.loads(ours.body)
 
     theirs = app.amqp.as_task_v2(
@@ -116,7 +116,7 @@ def test_the_envelope_is_the_one_that_kombu_writes_to_redis(app, nobody):
             "{}", priority=0, content_type="application/json", content_encoding="utf-8", headers={}
         )
         channel._inplace_augment_message(theirs, "", "triggers")
-    ours = json.loads(nobody._item(SALES, task_id="t1").message)
+    ours = json.loads(nobody.item(SALES, task_id="t1").message)
 
     assert ours.keys() == theirs.keys()
     assert theirs["properties"].keys() - {"body_encoding"} <= ours["properties"].keys()
@@ -126,7 +126,7 @@ def test_the_envelope_is_the_one_that_kombu_writes_to_redis(app, nobody):
 def test_priorities_are_the_lists_of_kombus_redis_transport(nobody):
     assert list(PRIORITY_STEPS) == kombu_redis.PRIORITY_STEPS
     assert kombu_redis.Channel.sep == PRIORITY_SEPARATOR
-    queues = {priority: nobody._item(SALES, priority=priority).queue for priority in range(10)}
+    queues = {priority: nobody.item(SALES, priority=priority).queue for priority in range(10)}
 
     assert queues[0] == queues[2] == "triggers"
     assert queues[3] == queues[5] == "triggers\x06\x163"
@@ -144,7 +144,7 @@ def test_no_text_breaks_the_envelope(task_id, name, conf):
         request = TriggerRequest("d", conf)
     except InvalidRequest:
         return
-    message = json.loads(nobody._item(request, task_id=task_id).message)
+    message = json.loads(nobody.item(request, task_id=task_id).message)
 
     assert message["headers"]["id"] == message["properties"]["delivery_tag"] == task_id
     assert message["headers"]["origin"] == name
@@ -162,7 +162,7 @@ def test_a_task_id_is_a_random_uuid():
 
 
 def headers(nobody: RelayClient, **options: Any) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(nobody._item(SALES, **options).message)["headers"]
+    found: dict[str, Any] = json.loads(nobody.item(SALES, **options).message)["headers"]
     return found
 
 
@@ -179,7 +179,7 @@ def test_an_eta_that_is_past_is_at_once(nobody):
 
 
 def test_give_up_counts_from_when_the_request_is_due(nobody):
-    message = json.loads(json.loads(nobody._item(SALES, countdown=100).message)["body"])[1]
+    message = json.loads(json.loads(nobody.item(SALES, countdown=100).message)["body"])[1]
 
     assert message["asked"]["due"] == pytest.approx(message["asked"]["at"] + 100)
 
@@ -214,7 +214,7 @@ def test_give_up_counts_from_when_the_request_is_due(nobody):
 )
 def test_a_wrong_option_is_told_by_its_name_and_without_its_value(nobody, options, words):
     with pytest.raises(InvalidRequest) as caught:
-        nobody._item(SALES, **options)
+        nobody.item(SALES, **options)
 
     assert words in str(caught.value)
     assert CANARY not in str(caught.value)
@@ -223,7 +223,7 @@ def test_a_wrong_option_is_told_by_its_name_and_without_its_value(nobody, option
 def test_callbacks_travel_as_celery_reads_them(app, nobody):
     callback = app.signature("host.done", args=("x",), options={"queue": "host"})
 
-    embed = json.loads(json.loads(nobody._item(SALES, link=callback, link_error=[callback]).message)["body"])[
+    embed = json.loads(json.loads(nobody.item(SALES, link=callback, link_error=[callback]).message)["body"])[
         2
     ]
 

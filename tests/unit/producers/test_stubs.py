@@ -218,6 +218,7 @@ def test_every_argument_of_the_poll_stub_reaches_the_request():
         "then": {"dag_id": "report", "conf": {"a": 1}},
         "on_cancel": {"path": "/jobs/{job_id}", "method": "DELETE"},
         "wake_keys": ["k"],
+        "on_end": ["billing"],
     }
 
     sent = poll_external_job.request("train", **given).to_message()

@@ -39,20 +39,20 @@ def current_span(state: str = "") -> Any:
 
 def test_the_callers_current_span_goes_with_the_message(nobody):
     with current_span("rojo=00f067aa0ba902b7"):
-        sent = headers(nobody._item(SALES, task_id="t1"))
+        sent = headers(nobody.item(SALES, task_id="t1"))
 
     assert (sent["traceparent"], sent["tracestate"]) == (PARENT, "rojo=00f067aa0ba902b7")
 
 
 def test_without_a_span_the_message_is_the_one_that_it_was(nobody):
-    assert not {"traceparent", "tracestate"} & headers(nobody._item(SALES)).keys()
+    assert not {"traceparent", "tracestate"} & headers(nobody.item(SALES)).keys()
 
 
 def test_baggage_stays_with_the_caller(nobody):
     token = attach(baggage.set_baggage("customer", "kanarienvogel"))
     try:
         with current_span():
-            item = nobody._item(SALES)
+            item = nobody.item(SALES)
     finally:
         detach(token)
 
@@ -63,7 +63,7 @@ def test_baggage_stays_with_the_caller(nobody):
 def test_a_trace_that_the_caller_gives_goes_before_that_of_the_span(nobody):
     given = PARENT.replace("b7ad", "ffff")
     with current_span():
-        sent = headers(nobody._item(SALES, traceparent=given, tracestate="a=1"))
+        sent = headers(nobody.item(SALES, traceparent=given, tracestate="a=1"))
 
     assert (sent["traceparent"], sent["tracestate"]) == (given, "a=1")
 
@@ -89,18 +89,18 @@ WRONG = [
 @pytest.mark.parametrize("wrong", [one for one in WRONG if one is not None])
 def test_a_wrong_trace_is_refused_at_the_caller(nobody, wrong):
     with pytest.raises(InvalidRequest, match="traceparent: "):
-        nobody._item(SALES, traceparent=wrong)
+        nobody.item(SALES, traceparent=wrong)
 
 
 @pytest.mark.parametrize("wrong", ["a=1\n", "ä=1", "x" * 513])
 def test_a_wrong_state_is_refused_at_the_caller(nobody, wrong):
     with pytest.raises(InvalidRequest, match="tracestate: "):
-        nobody._item(SALES, traceparent=PARENT, tracestate=wrong)
+        nobody.item(SALES, traceparent=PARENT, tracestate=wrong)
 
 
 def test_a_state_without_a_trace_is_refused(nobody):
     with pytest.raises(InvalidRequest, match="traceparent: "):
-        nobody._item(SALES, tracestate="a=1")
+        nobody.item(SALES, tracestate="a=1")
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -131,9 +131,9 @@ def test_where_opentelemetry_is_not_installed_a_trace_can_be_given_all_the_same(
         "from producers.contract import TriggerRequest\n"
         "from producers.settings import ProducerSettings\n"
         "client = RelayClient(ProducerSettings(redis_url='redis://127.0.0.1:1/0', client_name='x'))\n"
-        "item = client._item(TriggerRequest('sales'), traceparent=sys.argv[1])\n"
+        "item = client.item(TriggerRequest('sales'), traceparent=sys.argv[1])\n"
         "assert sys.argv[1].encode() in item.message\n"
-        "assert b'traceparent' not in client._item(TriggerRequest('sales')).message\n"
+        "assert b'traceparent' not in client.item(TriggerRequest('sales')).message\n"
         "print(*[name for name in sys.modules if name.startswith('opentelemetry.')])\n"
     )
     root = Path(__file__).resolve().parents[3]

@@ -1,0 +1,53 @@
+"""What a sender may ask for: which DAGs, which Airflows, which services."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Final
+
+from .contract import PollRequest, TriggerRequest
+from .errors import NotAllowed
+
+ALL: Final = ("*",)
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Patterns as in a shell (`sales_*`), compared case-sensitively; connections and services in lower case.
+
+    Without `services` no jobs are allowed: a job is started on somebody else's system.
+    """
+
+    dags: tuple[str, ...] = ALL
+    connections: tuple[str, ...] = ("default",)
+    services: tuple[str, ...] = ()
+
+    def check(self, request: TriggerRequest | PollRequest) -> None:
+        """Raise NotAllowed for what is not in it; what a job's `then` triggers counts too.
+
+        The text says what the sender asked for, and nothing of what there is.
+        """
+        if isinstance(request, PollRequest):
+            if not _within(request.service, self.services):
+                raise NotAllowed(f"service: {request.service!r} is not among those that you may use")
+            if request.then is not None:
+                self._check_trigger(request.then, "then.")
+        else:
+            self._check_trigger({"dag_id": request.dag_id, "connection": request.connection}, "")
+
+    def _check_trigger(self, fields: Mapping[str, Any], where: str) -> None:
+        dag_id = str(fields.get("dag_id"))
+        if not _within(dag_id, self.dags):
+            raise NotAllowed(f"{where}dag_id: {dag_id!r} is not among those that you may start")
+        connection = str(fields.get("connection", "default")).lower()
+        if not _within(connection, self.connections):
+            raise NotAllowed(f"{where}connection: {connection!r} is not among those that you may use")
+
+
+EVERYTHING: Final = Scope(ALL, ALL, ALL)
+
+
+def _within(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
