@@ -1,0 +1,1 @@
+"""The HTTP door: `dagrelay gateway`. Needs the extra `gateway` (FastAPI, uvicorn)."""

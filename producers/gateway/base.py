@@ -1,0 +1,86 @@
+"""What all routes of the gateway share: its parts, and how a refusal is answered (RFC 9457).
+
+A module of routes has a function `router() -> APIRouter`, which `app.create_app` includes. A route finds the
+parts by `gateway_of(request)` and refuses by raising `Problem`, or one of the errors of this package, which
+`answer_to` turns into one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, Final
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+
+from ..client import RelayClient
+from ..door import Batches, Door
+from ..errors import BrokerUnavailable, DagrelayError, InvalidRequest, NotAllowed, RequestUnknown
+from ..queues.message import Routes
+
+if TYPE_CHECKING:
+    from .settings import GatewaySettings
+
+PROBLEM_JSON: Final = "application/problem+json"
+RETRY_AFTER_S: Final = 1
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """The parts of one gateway process."""
+
+    relay: RelayClient
+    settings: GatewaySettings
+    routes: Routes | None = None
+    door: Door = field(init=False)
+    batches: Batches = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "door", Door(self.relay, "http"))
+        object.__setattr__(self, "batches", Batches(self.door))
+
+
+def gateway_of(request: Request) -> Gateway:
+    """Return the gateway that a request came to."""
+    found: Gateway = request.app.state.gateway
+    return found
+
+
+class Problem(Exception):
+    """A refusal. `detail` says which field, why, and what would be right; never a secret, nor what exists."""
+
+    def __init__(
+        self, status: int, detail: str, *, headers: Mapping[str, str] | None = None, **more: Any
+    ) -> None:
+        super().__init__(detail)
+        self.status, self.detail, self.headers, self.more = status, detail, dict(headers or {}), more
+
+    def response(self) -> JSONResponse:
+        """Return it as an answer."""
+        body = {"type": "about:blank", "title": HTTPStatus(self.status).phrase, "status": self.status}
+        return JSONResponse(
+            {**body, "detail": self.detail, **self.more},
+            self.status,
+            headers=self.headers,
+            media_type=PROBLEM_JSON,
+        )
+
+
+def answer_to(exc: DagrelayError) -> Problem:
+    """Return how an error of ours is answered."""
+    if isinstance(exc, NotAllowed):
+        return Problem(403, str(exc))
+    if isinstance(exc, InvalidRequest):
+        return Problem(422, str(exc))
+    if isinstance(exc, RequestUnknown):
+        return Problem(404, "there is no such request, or it ended more than 14 days ago")
+    if isinstance(exc, BrokerUnavailable):
+        # Not `str(exc)`: it has the address of Redis.
+        return Problem(
+            503,
+            "the request was not taken: send it again, with the same Idempotency-Key or key",
+            headers={"Retry-After": str(RETRY_AFTER_S)},
+        )
+    return Problem(500, "this should not have happened: the gateway's log says what did")
