@@ -40,7 +40,7 @@ class Source(Protocol):
         """Acknowledge: they will not come again."""
 
     def refuse(self, received: Received, reason: str) -> None:
-        """Put one into the source's own dead queue, whole and with the reason, and only then acknowledge it."""
+        """Put one into the source's own dead queue, whole and with the reason; then acknowledge it."""
 
     def give_back(self, received: Sequence[Received]) -> None:
         """Leave them for somebody else, as if they had not been received."""
