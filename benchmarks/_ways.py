@@ -327,8 +327,7 @@ class Requests:
     def look(self, most: int | None = None) -> int:
         """Read the records of those that have not ended yet; return how many there are still.
 
-        With `most` only so many of them: to read 2,000 five times a second would take a core's share from
-        those who do the work.
+        With `most` only so many of them: to read more would take a core's share from those who do the work.
         """
         trying = [number for number in list(self._handles) if number not in self._records][:most]
         pipe = self.redis.pipeline(transaction=False)
@@ -342,8 +341,8 @@ class Requests:
     def wait(self, cap_s: float, name: str) -> set[int]:
         """Wait until all have ended; return the numbers of those that have not when the time is over."""
         deadline, told_at = time.monotonic() + cap_s, time.monotonic()
-        while self.look(most=100) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        while self.look(most=10) and time.monotonic() < deadline:
+            time.sleep(0.2)
             if time.monotonic() - told_at > 5:
                 told_at = time.monotonic()
                 say(f"{name}: {self.look()} of {len(self._handles)} have not ended")

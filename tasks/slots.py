@@ -15,9 +15,10 @@ import itertools
 import os
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any, Final, NoReturn, TypeVar
 
 from celery import bootsteps
@@ -509,12 +510,19 @@ _full_until: dict[str, float] = {}
 """Until when a connection is taken to have all the threads of this process that it may have."""
 
 
-def scarce() -> bool:
-    """Tell whether slots of any connection were scarce just now."""
+def scarce(claimed: int) -> bool:
+    """Tell whether slots may be scarce for so many messages that were claimed at once."""
+    if claimed > _fewest_slots() and settings().slots:
+        return True
     if not _scarce_until:
         return False
     now = time.monotonic()
     return any(until > now for until in _scarce_until.values())
+
+
+@cache
+def _fewest_slots() -> int:
+    return min((one.ceiling for one in settings().connections.values()), default=1)
 
 
 def divert(client: Any, held_key: str, claimed: list[Diverted]) -> list[int]:
@@ -527,12 +535,12 @@ def divert(client: Any, held_key: str, claimed: list[Diverted]) -> list[int]:
 
     now = time.monotonic()
     found: dict[str, list[tuple[int, str, int, str, bytes, float, float, float | None, bool]]] = {}
-    for one in claimed:
-        facts = _plain(one.readable)
-        if facts is None:
-            continue
-        connection, priority, give_up_after_s = facts
-        if _scarce_until.get(connection, 0.0) > now:
+    plain = [(one, facts) for one in claimed if (facts := _plain(one.readable)) is not None]
+    several = Counter(connection for _, (connection, *_) in plain)
+    for one, (connection, priority, give_up_after_s) in plain:
+        known = settings().connections.get(connection)
+        too_many = known is not None and several[connection] > known.ceiling
+        if too_many or _scarce_until.get(connection, 0.0) > now:
             readable = one.readable
             found.setdefault(connection, []).append(
                 (

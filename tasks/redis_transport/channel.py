@@ -400,7 +400,7 @@ class Feeder:
         for tag, _, times, raw in found:
             self.hand.hold(tag, raw, times)
         known: dict[int, messages.Readable] = {}
-        if found and self.channel.diverts():
+        if found and self.channel.diverts(len(found)):
             known = self.divert(found, lists)
             found = [one for one in found if one[0] in self.hand.held]
         for index, (tag, number, times, raw) in enumerate(found):
@@ -606,10 +606,10 @@ class Channel(kombu_redis.Channel):
     message that has this header; it parks the message in one script and returns what that says. Set it as a
     static method."""
 
-    diverts: Callable[[], bool] = staticmethod(lambda: False)
+    diverts: Callable[[int], bool] = staticmethod(lambda _: False)
     divert: Callable[[Any, str, list[Diverted]], Iterable[int]] = staticmethod(lambda *_: ())
-    """While `diverts()`, `divert` is called with (client, the hash of what is held, messages just claimed).
-    It may park some of them in one script, which takes them out of that hash, and returns the tags of those.
+    """Where `diverts(how many)`, `divert` is called with (client, the hash of what is held, what was claimed). It
+    may park some of them in one script, which takes them out of that hash, and returns the tags of those.
     Set both as static methods."""
 
     put_elsewhere: Callable[[bytes, str, str], bool] | None = None
