@@ -608,9 +608,9 @@ class Channel(kombu_redis.Channel):
 
     diverts: Callable[[int], bool] = staticmethod(lambda _: False)
     divert: Callable[[Any, str, list[Diverted]], Iterable[int]] = staticmethod(lambda *_: ())
-    """Where `diverts(how many)`, `divert` is called with (client, the hash of what is held, what was claimed). It
-    may park some of them in one script, which takes them out of that hash, and returns the tags of those.
-    Set both as static methods."""
+    """Where `diverts(how many)`, `divert` is called with (client, the hash of what is held, what was
+    claimed). It may park some of them in one script, which takes them out of that hash, and returns the tags
+    of those. Set both as static methods."""
 
     put_elsewhere: Callable[[bytes, str, str], bool] | None = None
     """Called with a message that no worker can read, its queue list and the reason, before it would go to
