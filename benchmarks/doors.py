@@ -1,7 +1,7 @@
 """How much each door takes in, and what it keeps.
 
 - `http`: the gateway beside a bare FastAPI route that does one LPUSH; latency at half of its load;
-- `streams`, `rabbitmq`: messages per second through `dagrelay listen` whose process is killed (`kill -9`) every
+- `streams`, `rabbitmq`: messages per second through `dagrelay listen`, which `kill -9` ends every
   5 s; none may be lost, none accepted twice;
 - `sockets`: 5,000 idle connections at the TCP door; what sends too slowly or too much is cut off.
 
