@@ -27,8 +27,16 @@ class SourceUnavailable(Exception):
     """The broker does not answer, or refuses. The text says why, without a secret."""
 
 
+class Undeliverable(Exception):
+    """The broker answers, and there is no such place, or it may not be written to: to try again is no use."""
+
+
 class Source(Protocol):
-    """Every method raises SourceUnavailable, and may be called again afterwards: it connects anew."""
+    """Every method raises SourceUnavailable, and may be called again afterwards: it connects anew.
+
+    It connects on first use, and has messages sent to it only once `receive` was called: a listener has a
+    second one, in another thread, which only publishes.
+    """
 
     name: str
     """The same for all who take from the same place; no secret: ids are unique within it."""
@@ -48,7 +56,10 @@ class Source(Protocol):
     def publish(
         self, to: str, body: bytes, *, correlation_id: str | None, headers: Mapping[str, str]
     ) -> None:
-        """Send a JSON text to a place in this source's terms; return when the broker has it."""
+        """Send a JSON text to a place in this source's terms; return when the broker has it.
+
+        Raises Undeliverable too.
+        """
 
     def close(self) -> None:
         """Let go of everything; never raises."""
