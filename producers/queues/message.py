@@ -16,26 +16,31 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Annotated, Any, Final, Protocol
 from urllib.parse import unquote_to_bytes
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from ..contract import (
     MAX_CONF_BYTES,
     MAX_CONF_DEPTH,
+    MAX_WAIT_S,
     Instant,
     PollRequest,
     Seconds,
     Text,
     TriggerRequest,
+    _from_number,
     _Request,
 )
 from ..errors import InvalidRequest
+from ..stores.envelope import trace_of
 
 MAX_MESSAGE_BYTES: Final = 2 * MAX_CONF_BYTES + 64 * 1024
 """The largest body that is read: a conf of the largest size, written wastefully, and all else."""
@@ -50,6 +55,15 @@ _ORDER_NAMESPACE = uuid.UUID("3b0a7b0e-38a2-5f0c-9d0b-7a1c6d2f9e55")
 
 _HEADER_PREFIXES: Final = ("ce-", "ce_", "cloudevents:", "cloudevents_")
 """Of a binary CloudEvent's attributes: over HTTP and Kafka, and over AMQP 1.0 or a bridge from it."""
+
+MAX_REASON_LENGTH: Final = 1000
+"""Of a refusal, which may name what the sender wrote: it goes into answers, headers and dead queues."""
+
+
+def _due(value: datetime) -> datetime:
+    if value.year > 9998:  # in UTC it might lie beyond what a datetime can say
+        raise ValueError("lies after the year 9998")
+    return value
 
 
 class Envelope(_Request):
@@ -69,8 +83,11 @@ class Envelope(_Request):
     """
 
     id: Annotated[Text, Field(min_length=1, max_length=250)] | None = None
-    countdown: Seconds | None = None
-    eta: Instant | None = None
+    countdown: (
+        Annotated[float, BeforeValidator(_from_number), Field(ge=0, le=MAX_WAIT_S, allow_inf_nan=False)]
+        | None
+    ) = None
+    eta: Annotated[Instant, AfterValidator(_due)] | None = None
     expires: Seconds | None = None
     reply_to: Annotated[Text, Field(min_length=1, max_length=250)] | None = None
     correlation_id: Annotated[Text, Field(min_length=1, max_length=250)] | None = None
@@ -134,11 +151,27 @@ class Order:
         return {name: value for name, value in given.items() if value is not None}
 
 
+@contextlib.contextmanager
+def _plainly() -> Iterator[None]:
+    """Make one printable line of bounded length of a refusal: it may hold names that the sender chose."""
+    try:
+        yield
+    except InvalidRequest as exc:
+        text = str(exc)
+        if len(text) > MAX_REASON_LENGTH:
+            text = f"{text[: MAX_REASON_LENGTH - 1]}…"
+        if not text.isprintable():
+            text = "".join(one if one.isprintable() else "?" for one in text)
+        exc.reason, exc.args = text, (text,)
+        raise
+
+
+@_plainly()
 def read(message: Incoming, *, door: str, routes: Routes | None = None) -> Order:
     """Return what a message asks for. `door` names the place that its ids are unique in.
 
     Raises InvalidRequest, whose text names what is wrong and what would be right, and holds no value of the
-    message's conf; nothing else, whatever the bytes are.
+    message's conf; nothing else, whatever the bytes are. It is one line of printable text.
     """
     if len(message.body) > MAX_MESSAGE_BYTES:
         raise InvalidRequest(
@@ -163,6 +196,7 @@ def read(message: Incoming, *, door: str, routes: Routes | None = None) -> Order
     return Order(routes.order(event), _task_id(door, event, None, message), _enveloped({}, message, event))
 
 
+@_plainly()
 def order_of(
     fields: Mapping[str, Any], *, door: str, message: Incoming | None = None, event: Event | None = None
 ) -> Order:
@@ -268,6 +302,7 @@ def event_of(message: Incoming) -> Event | None:
     return None
 
 
+@_plainly()
 def structured(given: Mapping[str, Any]) -> Event:
     """Return the event that a JSON object is. Raises InvalidRequest."""
     attributes = {}
@@ -279,7 +314,9 @@ def structured(given: Mapping[str, Any]) -> Event:
         elif isinstance(value, str | int):
             attributes[name] = str(value)
         else:
-            raise InvalidRequest(f"{name[:40]}: an attribute of an event is a string, a number or a boolean")
+            raise InvalidRequest(
+                f"{name[:40]}: an attribute of an event is a string, a whole number or a boolean"
+            )
     data = given.get("data")
     if given.get("data_base64") is not None:
         if data is not None:
@@ -310,7 +347,7 @@ def _percent_decoded(value: str) -> str:
     """Return a header's value: the HTTP binding has what is not ASCII percent-encoded."""
     if "%" not in value:
         return value
-    return unquote_to_bytes(value).decode(errors="replace")
+    return unquote_to_bytes(value.encode(errors="replace")).decode(errors="replace")
 
 
 def _data(raw: bytes, content_type: str) -> Any:
@@ -348,12 +385,15 @@ def _is_text(value: str) -> bool:
 
 def _enveloped(told: dict[str, Any], message: Incoming, event: Event | None) -> Envelope:
     """Return what a message says beside its request; what its body says goes before its headers."""
-    around = {
-        "reply_to": message.reply_to,
-        "correlation_id": message.correlation_id,
-        "traceparent": _header(message, event, "traceparent"),
-        "tracestate": _header(message, event, "tracestate"),
-    }
+    around = {"reply_to": message.reply_to, "correlation_id": message.correlation_id}
+    if "traceparent" not in told and "tracestate" not in told:
+        # It is no part of the request, and a proxy may have put it there: an odd one is left out.
+        given = (
+            event.attributes if event is not None and "traceparent" in event.attributes else message.headers
+        )
+        trace = trace_of(given)
+        if trace is not None:
+            around |= trace.headers()
     for name, value in around.items():
         if value and name not in told:
             told[name] = value
@@ -361,13 +401,6 @@ def _enveloped(told: dict[str, Any], message: Incoming, event: Event | None) -> 
     if envelope.countdown is not None and envelope.eta is not None:
         raise InvalidRequest("countdown and eta: give one of them")
     return envelope
-
-
-def _header(message: Incoming, event: Event | None, name: str) -> str | None:
-    value = event.attributes.get(name) if event is not None else None
-    value = value or message.headers.get(name)
-    # It is no part of the request, and a proxy may have put it there: an odd one is left out.
-    return value if value and value.isascii() and value.isprintable() and len(value) <= 100 else None
 
 
 def _task_id(door: str, event: Event | None, told: Any, message: Incoming) -> str | None:
