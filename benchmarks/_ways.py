@@ -327,9 +327,11 @@ class Requests:
     def look(self, most: int | None = None) -> int:
         """Read the records of those that have not ended yet; return how many there are still.
 
-        With `most` only so many of them: to read more would take a core's share from those who do the work.
+        With `most` only the last of them: to read more would take a core's share from those who do the work.
         """
-        trying = [number for number in list(self._handles) if number not in self._records][:most]
+        trying = [number for number in list(self._handles) if number not in self._records]
+        if most is not None:
+            trying = trying[-most:]
         pipe = self.redis.pipeline(transaction=False)
         for number in trying:
             pipe.hmget(f"dagrelay:record:{self._handles[number].id}", "state", "attempts", "error")
@@ -341,8 +343,12 @@ class Requests:
     def wait(self, cap_s: float, name: str) -> set[int]:
         """Wait until all have ended; return the numbers of those that have not when the time is over."""
         deadline, told_at = time.monotonic() + cap_s, time.monotonic()
-        while self.look(most=10) and time.monotonic() < deadline:
+        left = len(self._handles)
+        while left and time.monotonic() < deadline:
             time.sleep(0.2)
+            before, left = left, self.look(most=10)
+            if before - left == min(before, 10):
+                left = self.look()
             if time.monotonic() - told_at > 5:
                 told_at = time.monotonic()
                 say(f"{name}: {self.look()} of {len(self._handles)} have not ended")
