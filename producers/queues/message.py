@@ -333,7 +333,7 @@ def structured(given: Mapping[str, Any]) -> Event:
 
 def _binary(message: Incoming, prefix: str, content_type: str) -> Event:
     attributes = {
-        name.removeprefix(prefix): _percent_decoded(value)
+        name.removeprefix(prefix): _percent_decoded(value) if prefix.startswith("ce") else value
         for name, value in message.headers.items()
         if name.startswith(prefix)
     }
@@ -344,7 +344,7 @@ def _binary(message: Incoming, prefix: str, content_type: str) -> Event:
 
 
 def _percent_decoded(value: str) -> str:
-    """Return a header's value: the HTTP binding has what is not ASCII percent-encoded."""
+    """Return a header's value: over HTTP and Kafka what is not ASCII is percent-encoded."""
     if "%" not in value:
         return value
     return unquote_to_bytes(value.encode(errors="replace")).decode(errors="replace")
