@@ -197,6 +197,23 @@ def test_a_long_line_is_drained_and_what_is_not_plain_has_its_turn_in_it(relay, 
     assert all(handle.record().attempts == 1 for n, handle in enumerate(plain) if n != 7)
 
 
+def test_a_backlog_goes_into_the_line_and_not_through_celery_first(relay, airflow, start_worker, lines):
+    airflow.delay_s = 1.0
+    handles = relay.enqueue_many(requests(60))
+
+    worker = start_worker(
+        connections={"default": f"{airflow.conn_uri}/?max_in_flight=2"},
+        DAGRELAY_WORKER_CONCURRENCY="16",
+        DAGRELAY_LOG_LEVEL="DEBUG",
+    )
+
+    until(lambda: lines.state("default").waiting + len(airflow.runs) >= 50)
+    received = [line for line in worker.text().splitlines() if line.endswith("] received")]
+    assert 1 <= len(received) <= 8  # it was one for each thread, and then for all
+    airflow.delay_s = 0.0
+    ended(handles)
+
+
 def test_a_token_that_has_expired_is_renewed_while_a_line_is_drained(relay, airflow, start_worker, lines):
     airflow.delay_s = 0.005
     start_worker(connections={"default": f"{airflow.conn_uri}/?max_in_flight=2"})
