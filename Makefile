@@ -11,7 +11,7 @@ export UV_SYSTEM_CERTS ?= true
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-check up down worker flower airflow trigger doctor health status parked wake cancel dead airflows hold release
+.PHONY: help demo demo-check up down worker flower airflow listen trigger doctor health status parked wake cancel dead airflows hold release
 .PHONY: test lint format types bench lock clean
 
 # Make would read a `$$` in them as its own; they go on as written, in the environment, never in a command.
@@ -55,6 +55,9 @@ flower: $(READY)  ## Flower, here in the foreground
 
 airflow: $(READY)  ## a real Airflow for development, here in the foreground ([VERSION=3|2] [PORT=8080])
 	@exec $(PY) -m local.airflow --version $(VERSION) $(if $(PORT),--port $(PORT))
+
+listen: $(READY)  ## take requests from a queue, in the foreground (DAGRELAY_LISTEN_URL [ARGS='--routes rules.toml'])
+	@$(REDIS) exec $(VENV)/bin/dagrelay listen $(ARGS)
 
 trigger: $(READY)  ## start a run: DAG=daily_sales [CONF='{"region": "north"}'] [KEY=…]
 	@[ -n "$$TRIGGER_DAG" ] || { echo "which DAG? make trigger DAG=daily_sales CONF='{…}'" >&2; exit 64; }

@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from .gates import facts_key, waits_for_now
+from .notices import NOTICES
 from .parking import GATE_LINE, PARKING, TASK_LINE
 from .parking import MAX_SEEN as MAX_SEEN
 from .parking import PARKED as PARKED
@@ -260,10 +261,12 @@ return answer
 
 # What looks saw. KEYS: the group's looks. ARGV: token, then for each look one text, NUL between its parts:
 # id, epoch, verb, seconds until the next look, and two more. Verbs: `again` (nothing new); `changed` (state,
-# progress); `error` (how many in a row, reason); `wake` (observation, words for the history). Returns a text
-# with 1 for each that counted, and 0 for each that came too late.
+# progress); `error` (how many in a row, reason); `wake` (observation, words for the history). Who wants to
+# hear of it is told of a state that is another. Returns a text with 1 for each that counted, and 0 for each
+# that came too late.
 REPORT: Final = Script(
     PARKING
+    + NOTICES
     + """
 local looks, token = KEYS[1], tonumber(ARGV[1])
 local counted = {}
@@ -284,10 +287,11 @@ for i = 2, #ARGV do
     else
       redis.call('ZADD', looks, string.format('%.6f', now + parts[4]), id)
       if verb == 'changed' then
-        local before = redis.call('HGET', record, 'seen')
+        local known = redis.call('HMGET', record, 'seen', 'tell')
         redis.call('HSET', record, 'seen', parts[5], 'progress', parts[6])
         redis.call('HDEL', record, 'errors', 'reason')
-        if before and before ~= parts[5] then note(id, 'is ' .. parts[5]) end
+        if known[1] and known[1] ~= parts[5] then note(id, 'is ' .. parts[5]) end
+        if known[2] and known[1] ~= parts[5] then tell(known[2], id, 'progress') end
       elseif verb == 'error' then
         redis.call('HSET', record, 'errors', parts[5], 'reason', parts[6])
       end
@@ -346,9 +350,10 @@ return known[1] or ''
 )
 
 # KEYS: record. ARGV: task id, words ('' for none), then pairs of fields; an empty value deletes. Nothing is
-# done where the request has ended. Returns whether it was done.
+# done where the request has ended. What the history has words for is told too. Returns whether it was done.
 LEARN: Final = Script(
     PARKING
+    + NOTICES
     + """
 if ended(redis.call('HGET', KEYS[1], 'state')) then return 0 end
 redis.call('HSETNX', KEYS[1], 'state', 'accepted')
@@ -358,7 +363,11 @@ for i = 3, #ARGV, 2 do
   if ARGV[i + 1] == '' then redis.call('HDEL', KEYS[1], ARGV[i])
   else redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1] == 'now' and now_text or ARGV[i + 1]) end
 end
-if ARGV[2] ~= '' then note(ARGV[1], ARGV[2]) end
+if ARGV[2] ~= '' then
+  note(ARGV[1], ARGV[2])
+  local wish = redis.call('HGET', KEYS[1], 'tell')
+  if wish then tell(wish, ARGV[1], 'progress') end
+end
 return 1
 """
 )
