@@ -11,7 +11,7 @@ export UV_SYSTEM_CERTS ?= true
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-check up down worker flower airflow listen trigger doctor health status parked wake cancel dead airflows hold release
+.PHONY: help demo demo-check up down worker flower airflow listen trigger doctor health status parked wake cancel dead airflows hold release gateway
 .PHONY: test lint format types bench lock clean
 
 # Make would read a `$$` in them as its own; they go on as written, in the environment, never in a command.
@@ -94,6 +94,9 @@ hold: $(READY)  ## send nothing to an Airflow until it is released: CONNECTION=â
 release: $(READY)  ## have requests for an Airflow go on: CONNECTION=â€¦
 	@[ -n "$$HOLD_CONNECTION" ] || { echo 'which Airflow? make release CONNECTION=default' >&2; exit 64; }
 	@$(REDIS) exec $(VENV)/bin/dagrelay release -- "$$HOLD_CONNECTION"
+
+gateway: $(READY)  ## the HTTP door, here in the foreground (DAGRELAY_GATEWAY_KEYS_FILE [ARGS='--port 8080'])
+	@$(REDIS) exec $(VENV)/bin/dagrelay gateway $(ARGS)
 
 doctor: $(READY)  ## the effective settings, with every dependency tried
 	@$(REDIS) exec $(VENV)/bin/dagrelay doctor

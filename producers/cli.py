@@ -16,7 +16,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import click
 
-from . import cli_dead, cli_health, cli_lines, cli_listen, cli_socket, cli_waiting
+from . import cli_dead, cli_gateway, cli_health, cli_lines, cli_listen, cli_socket, cli_waiting
 from .client import RelayClient
 from .contract import MAX_CONF_DEPTH, QUEUE_TRIGGERS, TriggerRequest
 from .errors import BrokerUnavailable, InvalidRequest
@@ -41,6 +41,8 @@ for _command in (cli_lines.airflows, cli_lines.hold, cli_lines.release):
     main.add_command(_command)
 main.add_command(cli_health.health)
 main.add_command(cli_dead.dead)
+main.add_command(cli_gateway.gateway)
+main.add_command(cli_gateway.keys)
 main.add_command(cli_listen.listen)
 main.add_command(cli_socket.socket)
 

@@ -22,6 +22,7 @@ from .client import RelayClient, client, new_task_id, told_as_unavailable
 from .contract import MAX_FAN_OUT, QUEUE_LOOKS, QUEUE_TRIGGERS, TRIGGER_DAG, Outcome, TriggerRequest
 from .errors import InvalidRequest, RequestUnknown
 from .handle import Handle
+from .queues.message import task_id_for
 from .stores.fan_outs import (
     FAN_OUT,
     WATCH_FAN_OUT,
@@ -70,6 +71,8 @@ def fan_out(
     on_error: OnError = "continue",
     wait: Literal[True] | None = None,
     relay: RelayClient | None = None,
+    by: str | None = None,
+    fan_out_id: str | None = None,
 ) -> FanOut:
     """Hand many triggers to the workers at once, all or none; return without waiting for them.
 
@@ -85,6 +88,11 @@ def fan_out(
         True: all requests wait for the ends of their runs, as with `wait=True` in each of them.
     relay
         The client to use instead of this process's own.
+    by
+        Who asks, where that is not this client.
+    fan_out_id
+        The id of the fan-out, from which those of its requests are made: accepted twice, it is one. It must
+        then be the same requests.
 
     Everything is checked before anything is sent: raises TypeError or InvalidRequest, naming the request by
     its index. Raises BrokerUnavailable when Redis does not take it, or does not say: send it again with the
@@ -100,28 +108,29 @@ def fan_out(
     handles: list[Handle[Any]] = []
 
     def items() -> Iterator[Item]:
-        for request in checked:
-            accepted = relay.item(request)
+        for number, request in enumerate(checked):
+            task_id = task_id_for("fan-out", fan_out_id, str(number)) if fan_out_id is not None else None
+            accepted = relay.item(request, by=by, task_id=task_id)
             handles.append(Handle(accepted.task_id, accepted.dag_run_id, relay))
             yield Item(accepted.task_id, accepted.message, "\0".join(accepted[4:10]))
 
-    fan_out_id, by = new_task_id(), relay.settings.client_name
+    made_id, by = fan_out_id or new_task_id(), by or relay.settings.client_name
     dag_ids = {request.dag_id for request in checked}
     with told_as_unavailable():
         FanOuts(relay.redis).accept(
-            fan_out_id,
+            made_id,
             items(),
             launcher=(
                 QUEUE_TRIGGERS,
-                message_of(FAN_OUT, launcher_id(fan_out_id), QUEUE_TRIGGERS, fan_out_id, by),
+                message_of(FAN_OUT, launcher_id(made_id), QUEUE_TRIGGERS, made_id, by),
             ),
-            watch=(QUEUE_LOOKS, message_of(WATCH_FAN_OUT, watch_id(fan_out_id), QUEUE_LOOKS, fan_out_id, by)),
+            watch=(QUEUE_LOOKS, message_of(WATCH_FAN_OUT, watch_id(made_id), QUEUE_LOOKS, made_id, by)),
             on_error=on_error,
             then=callback,
             dag_id=dag_ids.pop() if len(dag_ids) == 1 else "",
             by=by,
         )
-    return FanOut(fan_out_id, handles, relay)
+    return FanOut(made_id, handles, relay)
 
 
 async def afan_out(requests: Iterable[TriggerRequest | Mapping[str, Any]], **options: Any) -> FanOut:

@@ -1,23 +1,26 @@
 """What all routes of the gateway share: its parts, and how a refusal is answered (RFC 9457).
 
 A module of routes has a function `router() -> APIRouter`, which `app.create_app` includes. A route finds the
-parts by `gateway_of(request)` and refuses by raising `Problem`, or one of the errors of this package, which
-`answer_to` turns into one.
+parts by `gateway_of(request)`, who asks by `key_of(request)`, and refuses by raising `Problem`, or one of the
+errors of this package, which `answer_to` turns into one. A body is read by `await request.body()`: it is held
+to its limits on the way (see `front`).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
 from fastapi import Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
 
 from ..client import RelayClient
 from ..door import Batches, Door
 from ..errors import BrokerUnavailable, DagrelayError, InvalidRequest, NotAllowed, RequestUnknown
+from ..keys import Key, Keys
 from ..queues.message import Routes
 
 if TYPE_CHECKING:
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
 PROBLEM_JSON: Final = "application/problem+json"
 RETRY_AFTER_S: Final = 1
+
+NOT_THERE: Final = "there is no such request, or it ended more than 14 days ago"
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class Gateway:
     relay: RelayClient
     settings: GatewaySettings
     routes: Routes | None = None
+    keys: Keys | None = None
+    """None: no key is asked for."""
     door: Door = field(init=False)
     batches: Batches = field(init=False)
 
@@ -48,6 +55,17 @@ def gateway_of(request: Request) -> Gateway:
     return found
 
 
+def key_of(request: Request) -> Key:
+    """Return who asks."""
+    found: Key = request.scope["state"]["key"]
+    return found
+
+
+def asked_by(key: Key) -> str:
+    """Return who asks as records and runs name it."""
+    return f"{key.id}@gateway"
+
+
 class Problem(Exception):
     """A refusal. `detail` says which field, why, and what would be right; never a secret, nor what exists."""
 
@@ -57,15 +75,21 @@ class Problem(Exception):
         super().__init__(detail)
         self.status, self.detail, self.headers, self.more = status, detail, dict(headers or {}), more
 
-    def response(self) -> JSONResponse:
+    def response(self) -> Response:
         """Return it as an answer."""
-        body = {"type": "about:blank", "title": HTTPStatus(self.status).phrase, "status": self.status}
-        return JSONResponse(
-            {**body, "detail": self.detail, **self.more},
-            self.status,
-            headers=self.headers,
-            media_type=PROBLEM_JSON,
-        )
+        body = {
+            "type": "about:blank",
+            "title": HTTPStatus(self.status).phrase,
+            "status": self.status,
+            "detail": self.detail,
+            **self.more,
+        }
+        return Response(as_json(body), self.status, headers=self.headers, media_type=PROBLEM_JSON)
+
+
+def as_json(value: Any) -> bytes:
+    """Return a value as JSON. What cannot be UTF-8 (a lone surrogate that was sent) becomes a `?`."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
 
 
 def answer_to(exc: DagrelayError) -> Problem:
@@ -75,7 +99,7 @@ def answer_to(exc: DagrelayError) -> Problem:
     if isinstance(exc, InvalidRequest):
         return Problem(422, str(exc))
     if isinstance(exc, RequestUnknown):
-        return Problem(404, "there is no such request, or it ended more than 14 days ago")
+        return Problem(404, NOT_THERE)
     if isinstance(exc, BrokerUnavailable):
         # Not `str(exc)`: it has the address of Redis.
         return Problem(

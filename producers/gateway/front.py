@@ -1,0 +1,200 @@
+"""What every request passes: who asks, how fast, how much they send; and one line of log when it is answered.
+
+Pure ASGI. The log has the route and never the path, the query, a header or a body: any of them may hold a
+secret, a callback's token for one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import traceback
+from typing import Final
+from urllib.parse import urlsplit
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..errors import DagrelayError
+from ..keys import ANYBODY, Key
+from .base import RETRY_AFTER_S, Gateway, Problem, answer_to
+from .limits import Limits
+from .settings import is_loopback
+
+log = logging.getLogger(__name__)
+access: Final = logging.getLogger(f"{__name__}.access")
+
+OPEN: Final = frozenset({"/livez", "/readyz", "/openapi.json"})
+"""What answers anybody, and tells nothing of what there is."""
+
+PROVE_THEMSELVES: Final = ("/v1/callbacks/", "/v1/webhooks/")
+"""Whose senders hold no key: what they send is signed, and their routes look at that."""
+
+FAN_OUT: Final = "/v1/fan-out"
+
+UNAUTHENTICATED: Final = "give a key: `Authorization: Bearer <token>`"
+BUSY: Final = "too many requests at once: the request was not taken, send it again"
+
+
+class Front:
+    """The outermost part of the application."""
+
+    def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
+        self._app, self._gateway, self._settings = app, gateway, gateway.settings
+        self._limits = Limits(1 / gateway.settings.workers)
+        self._in_flight = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        answer = _Answer(send)
+        self._in_flight += 1
+        try:
+            self._admit(scope, answer)
+            body = _Body(receive, self._most_bytes(scope), self._settings.body_timeout_s)
+            await self._app(scope, body, answer)
+        except Problem as problem:
+            await answer.refuse(problem, scope, receive)
+        except DagrelayError as exc:
+            await answer.refuse(answer_to(exc), scope, receive)
+        except asyncio.CancelledError:
+            raise
+        except Exception as exc:  # noqa: BLE001 - it is answered, and told by where it was raised
+            # Without its own words: they may hold a value of what was sent.
+            where = "".join(traceback.format_tb(exc.__traceback__))
+            log.error("a request failed error=%s\n%s", type(exc).__name__, where)
+            await answer.refuse(
+                Problem(500, "this should not have happened: the gateway's log says what did"), scope, receive
+            )
+        finally:
+            self._in_flight -= 1
+            if access.isEnabledFor(logging.INFO):
+                state = scope.get("state", {})
+                key, task = state.get("key"), state.get("task")
+                access.info(
+                    "method=%s route=%s status=%d key=%s task=%s ms=%.1f",
+                    scope["method"] if scope["method"].isalpha() else "-",
+                    getattr(scope.get("route"), "path", "-"),
+                    answer.status,
+                    key.id if key is not None else "-",
+                    task or "-",
+                    (time.perf_counter() - began) * 1e3,
+                )
+
+    def _admit(self, scope: Scope, answer: _Answer) -> None:
+        """Find out who asks. Raises Problem."""
+        path = scope["path"]
+        if path in OPEN:
+            return
+        if self._in_flight > self._settings.max_in_flight + self._settings.max_streams:
+            raise Problem(503, BUSY, headers={"Retry-After": str(RETRY_AFTER_S)})
+        if path.startswith(PROVE_THEMSELVES):
+            return
+        key = self._key(scope)
+        scope.setdefault("state", {})["key"] = key
+        verdict = self._limits.ask(key)
+        if verdict is not None:
+            answer.headers = verdict.headers
+            if not verdict.allowed:
+                raise Problem(
+                    429,
+                    f"too many requests with this key: ask again in {verdict.retry_after_s} s",
+                    headers={"Retry-After": str(verdict.retry_after_s)},
+                )
+
+    def _key(self, scope: Scope) -> Key:
+        keys = self._gateway.keys
+        if keys is None:
+            _refuse_browsers(scope)
+            return ANYBODY
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        if len(given) == 1:
+            scheme, _, token = given[0].partition(b" ")
+            if scheme.lower() == b"bearer":
+                key = keys.find(token.strip().decode("latin-1"))
+                if key is not None:
+                    return key
+        raise Problem(401, UNAUTHENTICATED, headers={"WWW-Authenticate": "Bearer"})
+
+    def _most_bytes(self, scope: Scope) -> int:
+        """Return how long the body may be. Raises Problem where it says itself that it is longer."""
+        fan_out = scope["path"] == FAN_OUT
+        most = self._settings.max_fan_out_bytes if fan_out else self._settings.max_body_bytes
+        for name, value in scope["headers"]:
+            if name == b"content-length" and value.isdigit() and int(value[:20]) > most:
+                raise _too_large(most)
+        return most
+
+
+def _too_large(most: int) -> Problem:
+    return Problem(
+        413,
+        f"body: is over the limit of {most} bytes: store the data elsewhere and send a reference to it",
+        headers={"Connection": "close"},
+    )
+
+
+def _refuse_browsers(scope: Scope) -> None:
+    """Raise Problem for what a page in this machine's browser may have sent, where no key is asked for."""
+    for name, value in scope["headers"]:
+        if name == b"origin" or (name == b"sec-fetch-site" and value not in (b"none", b"same-origin")):
+            raise Problem(403, "without keys no page of a browser may ask: start the gateway with keys")
+        if name == b"host" and not is_loopback(urlsplit(f"//{value.decode('latin-1')}").hostname or ""):
+            raise Problem(403, "host: without keys the gateway is 127.0.0.1, ::1 or localhost")
+
+
+class _Body:
+    """A body as it comes in, held to its size and its time."""
+
+    __slots__ = ("_deadline", "_left", "_most", "_receive", "_timeout_s", "_whole")
+
+    def __init__(self, receive: Receive, most: int, timeout_s: float) -> None:
+        self._receive, self._most, self._left = receive, most, most
+        self._timeout_s = timeout_s
+        self._deadline: float | None = None
+        self._whole = False
+
+    async def __call__(self) -> Message:
+        if self._whole:  # what comes now is that the sender has gone
+            return await self._receive()
+        now = asyncio.get_running_loop().time()
+        if self._deadline is None:
+            self._deadline = now + self._timeout_s
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError:
+            raise Problem(
+                408,
+                f"body: was not there whole after {self._timeout_s:g} s: send it faster",
+                headers={"Connection": "close"},
+            ) from None
+        if message["type"] == "http.request":
+            self._left -= len(message.get("body", b""))
+            if self._left < 0:
+                raise _too_large(self._most)
+            self._whole = not message.get("more_body", False)
+        return message
+
+
+class _Answer:
+    """The way to the sender; knows what has gone out."""
+
+    __slots__ = ("_send", "headers", "status")
+
+    def __init__(self, send: Send) -> None:
+        self._send, self.status = send, 0
+        self.headers: tuple[tuple[bytes, bytes], ...] = ()
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            if self.headers:
+                message["headers"] = [*message.get("headers", ()), *self.headers]
+        await self._send(message)
+
+    async def refuse(self, problem: Problem, scope: Scope, receive: Receive) -> None:
+        if not self.status:
+            await problem.response()(scope, receive, self)
