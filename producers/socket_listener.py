@@ -68,6 +68,8 @@ ANSWERS_UNREAD_BYTES: Final = 16 * 1024
 """Beyond it a sender that does not read its answers is not read from."""
 LINGER_S: Final = 2.0
 """After the last answer: closing with bytes unread would reset the connection, and may lose that answer."""
+LINGER_BYTES: Final = 8 * 1024 * 1024
+"""Of what comes then, and is thrown away."""
 TICK_S: Final = 0.5
 RETRY_S: Final = 1
 RETRY_FULL_S: Final = 5
@@ -397,6 +399,7 @@ class _Connection(asyncio.Protocol):
         "_room",
         "_since",
         "_state",
+        "_thrown_away",
         "_token",
         "_transport",
         "_work",
@@ -416,7 +419,7 @@ class _Connection(asyncio.Protocol):
         self._token = ""
         self._work: asyncio.Task[None] | None = None
         self._room: asyncio.Future[None] | None = None
-        self._held = 0
+        self._held = self._thrown_away = 0
         self._eof = self._paused = self._answering = False
         self._since = time.monotonic()
         self.deadline = math.inf
@@ -449,6 +452,9 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._state != "open":
+            self._thrown_away += len(data)
+            if self._thrown_away > LINGER_BYTES:
+                self.abort()
             return
         if not self._lines:
             self._since = time.monotonic()

@@ -464,6 +464,16 @@ def test_a_line_over_the_limit_is_told_and_cut_off(here, relay):
     assert relay.redis.llen(QUEUE_TRIGGERS) == 2
 
 
+def test_what_comes_after_an_endless_line_is_not_read_for_ever(here):
+    door = here(limits=Limits(line_bytes=1000))
+    client = Client(door)
+    sent = 0
+    with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+        while sent < 200_000_000:
+            sent += client.connection.send(b"{" * 65536)
+    assert sent < 50_000_000  # what is thrown away, and what the system's buffers hold
+
+
 def test_an_idle_connection_is_let_go_after_its_time_and_not_before(here):
     door = here(limits=Limits(idle_s=1.5, line_s=0.2))
     client = Client(door)
