@@ -18,6 +18,7 @@ from .cli_waiting import _cut, _instant, _redis_now, _span, _table, printable
 from .client import RelayClient, told_as_unavailable
 from .contract import (
     POLL_EXTERNAL_JOB,
+    SEND_WEBHOOK,
     TRIGGER_DAG,
     shown_message,
     shown_poll,
@@ -236,6 +237,8 @@ def show(letter_id: str, with_conf: bool, output: str) -> None:
 def _shown(letter: Letter) -> str:
     """Return the request without any value of a conf or body."""
     if letter.request is None:
+        if letter.task == SEND_WEBHOOK:
+            return "to tell a hook how a request ended"
         return f"<{letter.raw_bytes} bytes that no worker could read>" if letter.raw else why_not(letter)
     given = letter.request["kwargs"]
     shown = shown_poll(given) if letter.request["task"] == POLL_EXTERNAL_JOB else shown_message(given)

@@ -25,6 +25,8 @@ the very class that the worker raised.
     ├── TaskFailed                it failed in a way that this release has no class for
     ├── Quarantined               no worker could read its message, or it ended each worker that had it
     ├── FanOutBroken              a part of a fan-out was lost: it can never complete
+    ├── WebhookNotDelivered       a hook could not be told of an end: the dead letter of that says it again
+    ├── HookNotConfigured         a hook is to be told, and the worker does not know it
     ├── ExternalJobError
     │   ├── ServiceUnavailable    no usable answer: asked again; never the end of a request
     │   ├── SubmitRejected        the service refused to start the job, in its own words
@@ -254,6 +256,32 @@ class FanOutBroken(DagrelayError):
         return (
             f"fan-out {self.fan_out_id} can never complete ({self.reason}): {self.missing} of its requests "
             "have no outcome; send those again with the same keys"
+        )
+
+
+class WebhookNotDelivered(DagrelayError):
+    """A hook could not be told how a request ended. The request itself is not concerned."""
+
+    def __init__(self, hook: str, attempts: int, reason: str) -> None:
+        super().__init__(hook, attempts, reason)
+        self.hook, self.attempts, self.reason = hook, attempts, reason
+
+    def __str__(self) -> str:
+        times = "time" if self.attempts == 1 else "times"
+        return f"hook {self.hook!r} could not be told, tried {self.attempts} {times}: {self.reason}"
+
+
+class HookNotConfigured(DagrelayError):
+    """A request names a hook to be told of its end that the worker does not have."""
+
+    def __init__(self, hook: str) -> None:
+        super().__init__(hook)
+        self.hook = hook
+
+    def __str__(self) -> str:
+        return (
+            f"hook {self.hook!r} is not configured in the worker: "
+            f"set DAGRELAY_HOOK_{self.hook.upper()} there, and replay its dead letter"
         )
 
 

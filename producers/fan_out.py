@@ -112,7 +112,7 @@ def fan_out(
             task_id = task_id_for("fan-out", fan_out_id, str(number)) if fan_out_id is not None else None
             accepted = relay.item(request, by=by, task_id=task_id)
             handles.append(Handle(accepted.task_id, accepted.dag_run_id, relay))
-            yield Item(accepted.task_id, accepted.message, "\0".join(accepted[4:10]))
+            yield Item(accepted.task_id, accepted.message, "\0".join(accepted[4:10]) + accepted.more)
 
     made_id, by = fan_out_id or new_task_id(), by or relay.settings.client_name
     dag_ids = {request.dag_id for request in checked}

@@ -27,6 +27,9 @@ def main() -> int:
     )
     for service in ours.services.values():
         _say(f"service {service.id}", True, f"{service.base_url}, at most {service.max_in_flight} in flight")
+    for hook in ours.hooks.values():
+        how = "unsigned" if hook.scheme == "none" else f"signed ({hook.scheme}), secrets: {len(hook.keys)}"
+        _say(f"hook {hook.id}", True, f"{hook.server}, {how}")
     if not ours.connections:
         _say("airflow", False, "no connection to any Airflow: set AIRFLOW_CONN_DEFAULT")
         return 1

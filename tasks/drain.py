@@ -77,6 +77,8 @@ def is_plain(readable: Readable) -> bool:
         and not headers.get("group")
         and readable.expires is None
         and kwargs.keys() <= PLAIN_FIELDS
+        # The record of what came past our door does not say whom to tell; Celery's end has that written.
+        and not (kwargs.get("on_end") and "asked" not in kwargs)
     )
 
 

@@ -97,6 +97,12 @@ METRICS: Final = tuple(
             "Jobs on outside services that ended: done, failed or cancelled (with the error)",
         ),
         (
+            "dagrelay_webhooks_total",
+            "counter",
+            ("hook", "outcome"),
+            "Attempts to tell a hook of an end: delivered, retried (later), given_up (a dead letter)",
+        ),
+        (
             "dagrelay_retries_total",
             "counter",
             ("task", "error"),
@@ -406,6 +412,12 @@ def count_job(service: str, outcome: str, error: str = "") -> None:
     if tally is not None:
         known = service if service in settings().services else OTHER
         tally.add("dagrelay_jobs_total", (known, outcome, error_label(error)))
+
+
+def count_webhook(hook: str, outcome: str) -> None:
+    """Count an attempt to tell a hook."""
+    if tally is not None:
+        tally.add("dagrelay_webhooks_total", (hook if hook in settings().hooks else OTHER, outcome))
 
 
 def count_retry(task: str, error: str) -> None:

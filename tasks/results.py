@@ -9,6 +9,7 @@ and comes back.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -22,8 +23,10 @@ from celery.utils.log import get_logger
 from producers.contract import POLL_EXTERNAL_JOB, TRIGGER_DAG, TriggerRequest, reference_for
 from producers.errors import DagrelayError, OutcomeUnknown, SubmitUnknown, error_from
 from producers.stores.dead import EXPIRED
+from producers.stores.envelope import end_messages
 from producers.stores.fan_outs import FanOuts
 from producers.stores.letters import Keeping
+from producers.stores.notices import at_end_field
 from producers.stores.records import Ended, State, store
 
 from . import letters, logs, metrics
@@ -48,6 +51,9 @@ class NotHandedOver(Reject):
 RECORDED_RUN_BYTES = 4096
 """What a record keeps of a run, 14 days long. A larger one is so because of its XCom: that is in the result,
 for as long as results are kept, and in the outcome of a fan-out."""
+
+HOOK = re.compile(r"[A-Za-z0-9_]{1,100}\Z")
+MAX_HOOKS = 5
 
 _STATES: dict[str, State] = {
     states.SUCCESS: "done",
@@ -134,6 +140,8 @@ class RecordedBackend(RedisBackend):
         state, result = _STATES[meta["status"]], meta["result"]
         expired = state == "cancelled" and _words_of(result) == "expired"
         found = _of_request(request, result) | _of_outcome(state, result)
+        if state != "waiting":
+            found |= _whom_to_tell(task_id, request)
         next_in_s = 0.0
         if state == "waiting":
             found = {name: value for name, value in found.items() if not name.startswith("error")}
@@ -271,6 +279,18 @@ def _of_request(request: Any, result: Any) -> dict[str, str]:
     elif found["task"] == POLL_EXTERNAL_JOB and isinstance(kwargs.get("service"), str):
         found["service"] = kwargs["service"][:100]
     return {name: value for name, value in found.items() if value}
+
+
+def _whom_to_tell(task_id: str, request: Any) -> dict[str, str]:
+    """Return what an end is to send on: the record of a request that came past our door does not have it."""
+    kwargs = getattr(request, "kwargs", None)
+    hooks = kwargs.get("on_end") if isinstance(kwargs, dict) else None
+    if not isinstance(hooks, list) or getattr(request, "task", None) not in (TRIGGER_DAG, POLL_EXTERNAL_JOB):
+        return {}
+    named = dict.fromkeys(
+        one.lower() for one in hooks[:MAX_HOOKS] if isinstance(one, str) and HOOK.match(one)
+    )
+    return {"at_end": at_end_field(end_messages(list(named), task_id, "dagrelay"))} if named else {}
 
 
 def _of_outcome(state: State, result: Any) -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Literal
 from producers.errors import ConfigurationError
 
 from .airflow.connections import AirflowConnection, read_connections
+from .hooks import Hook, read_hooks
 from .services import Service, read_services
 
 
@@ -23,6 +24,7 @@ class WorkerSettings:
     redis_url: str = field(repr=False)
     connections: Mapping[str, AirflowConnection]
     services: Mapping[str, Service] = field(default_factory=dict)
+    hooks: Mapping[str, Hook] = field(default_factory=dict)
     concurrency: int = 16
     visibility_timeout_s: float = 30.0
     slots: bool = True
@@ -51,6 +53,12 @@ class WorkerSettings:
     metrics_ports: range = range(0)
     """The TCP ports of which this process takes the first free one for its metrics; none: it serves none."""
     metrics_host: str = "0.0.0.0"  # noqa: S104 - that of a container; what is served there names no dag and no key
+    delivery_pauses_s: tuple[float, ...] = (
+        *(5, 30, 120, 600, 1800, 3600),
+        *(2 * 3600, 3 * 3600, 4 * 3600, 6 * 3600, 8 * 3600),
+    )
+    """The pauses between the attempts to tell a hook: about a day in all, so that a receiver that is away for
+    a night still hears of what ended. They grow by a fifth at random."""
     dead_keep_s: int = 14 * 86_400
     """How long a dead letter is kept."""
     dead_max: int = 100_000
@@ -101,6 +109,20 @@ def _number(
     return value
 
 
+def _pauses(environ: Mapping[str, str], mistakes: list[str]) -> tuple[float, ...]:
+    name = "DAGRELAY_DELIVERY_PAUSES_S"
+    text = environ.get(name, "")
+    if not text:
+        return WorkerSettings.delivery_pauses_s
+    try:
+        pauses = tuple(float(one) for one in text.split(","))
+    except ValueError:
+        pauses = ()
+    if not 0 < len(pauses) <= 50 or not all(0.05 <= pause <= 86_400 for pause in pauses):
+        mistakes.append(f"{name} is {text[:40]!r}: give up to 50 numbers from 0.05 to 86400, as 5,30,120")
+    return pauses
+
+
 _HOST = re.compile(r"[A-Za-z0-9_.:-]{1,253}")
 
 
@@ -134,6 +156,8 @@ def read_settings(environ: Mapping[str, str]) -> WorkerSettings:
     mistakes += wrong
     services, wrong = read_services(environ)
     mistakes += wrong
+    hooks, wrong = read_hooks(environ)
+    mistakes += wrong
     level = environ.get("DAGRELAY_LOG_LEVEL", "INFO").upper()
     if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         mistakes.append(f"DAGRELAY_LOG_LEVEL is {level[:20]!r}: give DEBUG, INFO, WARNING or ERROR")
@@ -150,6 +174,8 @@ def read_settings(environ: Mapping[str, str]) -> WorkerSettings:
         redis_url=redis_url,
         connections=connections,
         services=services,
+        hooks=hooks,
+        delivery_pauses_s=_pauses(environ, mistakes),
         concurrency=int(_number(environ, "DAGRELAY_WORKER_CONCURRENCY", 16, 1, 512, mistakes)),
         visibility_timeout_s=_number(environ, "DAGRELAY_VISIBILITY_TIMEOUT_S", 30, 3, 3600, mistakes),
         result_ttl_s=int(_number(environ, "DAGRELAY_RESULT_TTL_S", 86_400, 60, 30 * 86_400, mistakes)),

@@ -115,7 +115,7 @@ def message_of(task: str, task_id: str, queue: str, fan_out_id: str, by: str) ->
 
 # Write some requests. KEYS: the requests, the record of the fan-out. ARGV: fan-out id, chunk, the messages as
 # a JSON list, seconds until it expires, the place of the first, then per request its id and six fields of its
-# record with NUL between them. Sent twice (a call repeats what got no answer) it changes nothing.
+# record with NUL between them, and names and values of further ones. Sent twice (a call repeats what got no answer) it changes nothing.
 ADD_CHUNK: Final = Script("""
 if redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
 local time = redis.call('TIME')
@@ -130,6 +130,7 @@ for i = 6, #ARGV, 2 do
     'task', about[1], 'dag_id', about[2], 'dag_run_id', about[3], 'key', about[4],
     'connection', about[5], 'by', about[6], 'fan_out', ARGV[1],
     'part', ARGV[2] .. ' ' .. (ARGV[5] + (i - 6) / 2))
+  if #about > 6 then redis.call('HSET', record, unpack(about, 7)) end
   redis.call('EXPIRE', record, ARGV[4])
   ids[#ids + 1] = id
 end
@@ -298,7 +299,7 @@ class Item(NamedTuple):
     task_id: str
     message: bytes
     about: str
-    """Six fields of the record with NUL between them, as `records.Accepted` has them."""
+    """Fields of the record with NUL between them, as `records.Accepted.args` has them."""
 
 
 @dataclass(frozen=True, slots=True)
