@@ -19,7 +19,7 @@ from ..client import RelayClient
 from ..errors import ConfigurationError, DagrelayError
 from ..keys import Keys
 from ..routing import Rules, load_rules
-from . import events, health, runs, schemas, tasks
+from . import events, health, hooks, runs, schemas, tasks
 from .base import Gateway, Problem, answer_to
 from .front import Front
 from .settings import GatewaySettings
@@ -40,7 +40,13 @@ def create_app(gateway: Gateway) -> FastAPI:
         lifespan=lambda _: _until_stopped(streams),
     )
     app.state.gateway = gateway
-    for routes in (runs.router(), events.router(), tasks.router(streams), health.router()):
+    for routes in (
+        runs.router(),
+        events.router(),
+        hooks.router(),
+        tasks.router(streams),
+        health.router(),
+    ):
         app.include_router(routes)
     app.add_middleware(cast(Any, Front), gateway=gateway)
     app.add_exception_handler(Problem, _problem)
@@ -73,6 +79,7 @@ def gateway_of_settings(settings: GatewaySettings) -> Gateway:
             rules = load_rules(settings.rules_file)
         except ConfigurationError as exc:
             mistakes += exc.mistakes
+    mistakes += hooks.mistakes_of(settings)
     if mistakes:
         raise ConfigurationError(*mistakes)
     return Gateway(RelayClient(settings.producer), settings, rules, keys)

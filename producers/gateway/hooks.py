@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
 
 from ..client import told_as_unavailable
 from ..errors import InvalidRequest
@@ -31,7 +31,8 @@ from ..webhooks import (
     verify,
     wake_key,
 )
-from .base import PROBLEM_JSON, Gateway, Problem, gateway_of
+from .base import PROBLEM_JSON, Gateway, Problem, as_json, gateway_of
+from .settings import GatewaySettings
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def router() -> APIRouter:
         methods=["POST"],
         status_code=202,
         summary="A signed webhook of another system",
-        response_class=JSONResponse,
+        response_class=Response,
         responses=_RESPONSES,
         openapi_extra={
             "requestBody": {"required": True, "content": {"application/json": {"schema": {}}}},
@@ -71,7 +72,7 @@ _ANSWER: Final[dict[str, Any]] = {
     },
     "required": ["repeated"],
 }
-_PROBLEM: Final = {PROBLEM_JSON: {"schema": {"type": "object"}}}
+_PROBLEM: Final = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}}
 _RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     202: {
         "description": "taken, or taken before",
@@ -95,7 +96,7 @@ _RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
 }
 
 
-async def webhook(request: Request, name: str) -> JSONResponse:
+async def webhook(request: Request, name: str) -> Response:
     """Take one delivery. A repeated one is answered with a yes, and changes nothing."""
     gateway = gateway_of(request)
     body = await request.body()
@@ -115,18 +116,27 @@ async def webhook(request: Request, name: str) -> JSONResponse:
         ) from None
     delivery = delivery_of(hook, request.headers, body)
     if hook.scheme == "github" and delivery.event == "ping":  # GitHub asks whether there is somebody
-        return JSONResponse({"repeated": False}, 202)
+        return _taken({"repeated": False})
     if hook.does == "wake":
         return await _wake(gateway, hook, delivery)
     order = _order(gateway, hook, delivery, body)
     item = gateway.door.prepare(order, by=f"{hook.name}@webhook", scope=hook.scope)
     taken = await gateway.batches.accept(item)
     log.info("webhook name=%s task_id=%s new=%d", hook.name, taken.task_id, taken.new)
-    return JSONResponse(
-        {"id": taken.task_id, "dag_run_id": taken.dag_run_id, "repeated": not taken.new},
-        202,
-        headers={"Location": f"/v1/tasks/{taken.task_id}"},
-    )
+    request.scope.setdefault("state", {})["task"] = taken.task_id
+    return _taken({"id": taken.task_id, "dag_run_id": taken.dag_run_id, "repeated": not taken.new})
+
+
+def mistakes_of(settings: GatewaySettings) -> list[str]:
+    """Return every mistake in the webhooks of a gateway, by its variable's name."""
+    hooks, mistakes = read_webhooks(settings.environ)
+    routed = [hook.name for hook in hooks.values() if hook.does == "routes"]
+    if routed and settings.rules_file is None:
+        mistakes += [
+            f"DAGRELAY_WEBHOOK_{name.upper()}: routes needs rules: set DAGRELAY_GATEWAY_RULES_FILE"
+            for name in routed
+        ]
+    return mistakes
 
 
 def _webhooks(request: Request) -> Mapping[str, Webhook]:
@@ -152,7 +162,7 @@ def _order(gateway: Gateway, hook: Webhook, delivery: Delivery, body: bytes) -> 
     return order
 
 
-async def _wake(gateway: Gateway, hook: Webhook, delivery: Delivery) -> JSONResponse:
+async def _wake(gateway: Gateway, hook: Webhook, delivery: Delivery) -> Response:
     """Wake the tasks that wait for a delivery, with what it says.
 
     That it did is noted afterwards: a delivery whose answer was lost may wake them once more, with the same,
@@ -174,4 +184,8 @@ async def _wake(gateway: Gateway, hook: Webhook, delivery: Delivery) -> JSONResp
 
     woken = await asyncio.to_thread(wake)
     log.info("webhook name=%s woken=%s", hook.name, "before" if woken is None else woken)
-    return JSONResponse({"woken": woken or 0, "repeated": woken is None}, 202)
+    return _taken({"woken": woken or 0, "repeated": woken is None})
+
+
+def _taken(answer: Mapping[str, Any]) -> Response:
+    return Response(as_json(answer), 202, media_type="application/json")
