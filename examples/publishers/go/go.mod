@@ -1,0 +1,3 @@
+module example.com/dagrelay-publisher
+
+go 1.22
