@@ -27,7 +27,13 @@ log = logging.getLogger("dagrelay.listen")
 
 @click.command()
 @click.argument("source_url", required=False)
-@click.option("--routes", type=click.Path(path_type=Path), help="Rules for CloudEvents: a file.")
+@click.option(
+    "--rules",
+    "--routes",
+    "routes",
+    type=click.Path(path_type=Path),
+    help="Which run a CloudEvent asks for; without it, only those that name it themselves.",
+)
 @click.option(
     "--dags", default="*", show_default=True, help="DAGs that may be started: patterns, with commas."
 )

@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlencode
 
 from redis import ConnectionPool, Redis
 from redis.backoff import NoBackoff
@@ -117,17 +117,14 @@ class RedisStreams:
         Raises ConfigurationError with every mistake, which shows no part of the URL that may be secret.
         """
         mistakes: list[str] = []
-        try:
-            parts = urlsplit(url)
-        except ValueError:  # its text may hold a part of the password
-            raise ConfigurationError("the source's URL cannot be read") from None
-        pairs = parse_qsl(parts.query, keep_blank_values=True)
+        address, _, query = url.partition("?")
+        pairs = parse_qsl(query, keep_blank_values=True)
         told = {name: value for name, value in pairs if name in OPTIONS}
         others = [(name, value) for name, value in pairs if name not in OPTIONS]
         unknown = sorted({name for name, _ in others if not name.startswith("ssl_") and name != "db"})
         if unknown:
             mistakes.append(f"the source's URL has unknown options {unknown}: there are {', '.join(OPTIONS)}")
-        address = urlunsplit(parts._replace(query=urlencode(others)))
+        address += "?" + urlencode(others)
         if problem := redis_url_problem(address):
             mistakes.append(f"the source's URL {problem}")
         if receives and not told.get("stream"):
