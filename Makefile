@@ -11,7 +11,7 @@ export UV_SYSTEM_CERTS ?= true
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-check up down worker flower airflow listen trigger doctor health status parked wake cancel dead airflows hold release gateway
+.PHONY: help demo demo-check up down worker flower airflow listen trigger doctor health status parked wake cancel dead airflows hold release gateway socket watch
 .PHONY: test lint format types bench lock clean
 
 # Make would read a `$$` in them as its own; they go on as written, in the environment, never in a command.
@@ -20,6 +20,7 @@ trigger: export TRIGGER_DAG := $(value DAG)
 trigger: export TRIGGER_CONF := $(value CONF)
 trigger: export TRIGGER_KEY := $(value KEY)
 status: export STATUS_ID := $(value ID)
+watch: export WATCH_ID := $(value ID)
 wake: export WAKE_ID := $(value ID)
 cancel: export CANCEL_ID := $(value ID)
 hold release: export HOLD_CONNECTION := $(value CONNECTION)
@@ -70,6 +71,10 @@ status: $(READY)  ## what became of a request, and its history: ID=…
 	@[ -n "$$STATUS_ID" ] || { echo 'of which request? make status ID=…' >&2; exit 64; }
 	@$(REDIS) exec $(VENV)/bin/dagrelay status -- "$$STATUS_ID"
 
+watch: $(READY)  ## follow a request until it ends: ID=…
+	@[ -n "$$WATCH_ID" ] || { echo 'which request? make watch ID=…' >&2; exit 64; }
+	@$(REDIS) exec $(VENV)/bin/dagrelay watch -- "$$WATCH_ID"
+
 parked: $(READY)  ## what waits in Redis, for what and until when ([ARGS='-n 500'])
 	@$(REDIS) exec $(VENV)/bin/dagrelay parked $(ARGS)
 
@@ -98,6 +103,9 @@ release: $(READY)  ## have requests for an Airflow go on: CONNECTION=…
 gateway: $(READY)  ## the HTTP door, here in the foreground (DAGRELAY_GATEWAY_KEYS_FILE [ARGS='--port 8080'])
 	@$(REDIS) exec $(VENV)/bin/dagrelay gateway $(ARGS)
 
+socket: $(READY)  ## the TCP door, here in the foreground (ARGS='--keys keys.toml' or ARGS=--insecure)
+	@$(REDIS) exec $(VENV)/bin/dagrelay socket $(ARGS)
+
 doctor: $(READY)  ## the effective settings, with every dependency tried
 	@$(REDIS) exec $(VENV)/bin/dagrelay doctor
 
@@ -125,7 +133,7 @@ bench: $(READY)  ## one benchmark: NAME=latency; its last line is one JSON objec
 
 lock: $(READY)  ## write the locks anew from pyproject.toml, keeping versions ([ARGS=--upgrade])
 	$(COMPILE) --all-extras --group dev pyproject.toml -o requirements.lock $(ARGS)
-	$(COMPILE) --extra worker --extra flower -c requirements.lock pyproject.toml -o requirements-worker.lock
+	$(COMPILE) --extra worker --extra flower --extra gateway --extra queues -c requirements.lock pyproject.toml -o requirements-worker.lock
 	awk '/^[^ ]/ {uv = /^uv==/} uv' requirements.lock > local/bootstrap.lock
 
 COMPILE = $(PY) -m uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
