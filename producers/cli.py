@@ -16,10 +16,12 @@ from urllib.parse import urlsplit, urlunsplit
 
 import click
 
-from . import cli_dead, cli_gateway, cli_health, cli_lines, cli_listen, cli_socket, cli_waiting
+from . import cli_dead, cli_gateway, cli_health, cli_lines, cli_listen, cli_shell, cli_socket, cli_waiting
+from .cli_jobs import job, json_given
+from .cli_watch import outcome_of, watch
 from .client import RelayClient
-from .contract import MAX_CONF_DEPTH, QUEUE_TRIGGERS, TriggerRequest
-from .errors import BrokerUnavailable, InvalidRequest
+from .contract import QUEUE_TRIGGERS, TriggerRequest
+from .errors import BrokerUnavailable
 from .exits import EX_FAILED, told
 from .fan_out_cli import fan_out_command
 from .settings import read_settings
@@ -45,6 +47,8 @@ main.add_command(cli_gateway.gateway)
 main.add_command(cli_gateway.keys)
 main.add_command(cli_listen.listen)
 main.add_command(cli_socket.socket)
+for _command in (watch, job, cli_shell.completion, cli_shell.schema):
+    main.add_command(_command)
 
 
 @main.command()
@@ -96,33 +100,14 @@ def trigger(
         raise click.UsageError("give --until-created or --wait")
     fields = {name: value for name, value in given.items() if value is not None}
     if conf is not None:
-        fields["conf"] = _json_object(conf)
+        fields["conf"] = json_given("--conf", conf)
     if fields.get("window", "").isdecimal():
         fields["window"] = int(fields["window"])
     request = TriggerRequest(**fields, wait=wait, stop_run=stop_run, on_end=list(on_end))
     handle = RelayClient().enqueue(request, countdown=countdown)
     click.echo(handle.id)
     if until_created or wait:
-        click.echo(json.dumps(handle.get(timeout).to_message(), indent=2))
-
-
-def _json_object(given: str) -> Any:
-    """Return the conf that was given as text, @file or -. Raises InvalidRequest."""
-    try:
-        if given == "-":
-            given = sys.stdin.read()
-        elif given.startswith("@"):
-            given = Path(given[1:]).read_text()
-    except (OSError, UnicodeDecodeError) as exc:
-        raise InvalidRequest(f"--conf: {given} cannot be read ({type(exc).__name__})") from exc
-    try:
-        return json.loads(given)
-    except RecursionError:
-        raise InvalidRequest(f"--conf: is nested deeper than {MAX_CONF_DEPTH} levels") from None
-    except ValueError as exc:
-        # Without the text itself, which may hold a secret.
-        where = f" at character {exc.pos}" if isinstance(exc, json.JSONDecodeError) else ""
-        raise InvalidRequest(f"--conf: is no JSON{where}: give an object such as '{{\"day\": 1}}'") from None
+        click.echo(json.dumps(outcome_of(handle, timeout).to_message(), indent=2))
 
 
 @main.command()

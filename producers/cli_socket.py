@@ -19,27 +19,29 @@ from .keys import Keys
 from .queues.message import MAX_MESSAGE_BYTES
 from .routing import load_rules
 
+_FILE = click.Path(path_type=Path)
+
 
 @click.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")
 @click.option("--port", type=click.IntRange(0, 65535), default=7700, show_default=True, help="0: a free one.")
-@click.option("--path", type=click.Path(path_type=Path), help="A Unix socket, instead of an address.")
+@click.option("--path", type=_FILE, help="A Unix socket, instead of an address.")
 @click.option("--mode", default="600", show_default=True, help="With --path: who may use it, as for chmod.")
 @click.option(
     "--keys",
     "keys_file",
-    type=click.Path(path_type=Path),
+    type=_FILE,
     help="The file of those who may ask: see `dagrelay keys new`.",
 )
 @click.option(
     "--rules",
     "rules_file",
-    type=click.Path(path_type=Path),
+    type=_FILE,
     help="Which run a CloudEvent asks for; without it, only those that name it themselves.",
 )
 @click.option("--insecure", is_flag=True, help="No keys: whoever reaches it may ask. On loopback alone.")
-@click.option("--certfile", type=click.Path(path_type=Path), help="TLS, with this certificate (PEM).")
-@click.option("--keyfile", type=click.Path(path_type=Path), help="The certificate's key, if not in its file.")
+@click.option("--certfile", "--tls-cert", "certfile", type=_FILE, help="TLS, with this certificate (PEM).")
+@click.option("--keyfile", "--tls-key", "keyfile", type=_FILE, help="Its key, where that lies elsewhere.")
 @click.option("--max-connections", type=click.IntRange(min=1), default=10_000, show_default=True)
 @click.option("--per-address", type=click.IntRange(min=1), default=1_000, show_default=True)
 @click.option(

@@ -17,6 +17,7 @@ from .client import RelayClient, check_observation, told_as_unavailable
 from .errors import InvalidRequest
 from .exits import EX_FAILED, fail, told
 from .stores.dead import Letter
+from .stores.fan_outs import FanOuts
 from .stores.records import ENDED, Record
 from .stores.waits import Waiting
 
@@ -227,12 +228,15 @@ def status(task_id: str, output: str) -> None:
     history = timeline(found, client.handle(task_id).history())
     with told_as_unavailable():
         waiting = None if found.ended else client.waits.get(task_id)
+        fan = FanOuts(client.redis).get(task_id) if found.fan_out == task_id else None
     if waiting is not None and found.waits_for:  # at a gate it may be something else by now
         found = replace(found, waits_for=waiting.waits_for)
     if output == "json":
         shown = found.to_json() | {"history": [{"at": at, "what": what} for at, what in history]}
         if waiting is not None:
             shown["parked"] = {"due_at": waiting.due_at, "next_look_at": waiting.next_look_at}
+        if fan is not None:
+            shown["requests"], shown["requests_ended"] = fan.total, fan.ended
         if letter is not None:
             shown["dead_letter"] = {"at": letter.at, "replayed_as": letter.replayed_as}
         click.echo(json.dumps(shown, indent=2))
@@ -249,6 +253,8 @@ def status(task_id: str, output: str) -> None:
         if waiting.next_look_at is not None:
             click.echo(f"{'next_look_at':14} {_instant(waiting.next_look_at)}")
         click.echo(f"{'back_at':14} {_instant(waiting.due_at)}")
+    if fan is not None:
+        click.echo(f"{'requests':14} {fan.total}, of which {fan.ended} have ended")
     if letter is not None:
         click.echo(f"{'dead_letter':14} {_on_the_desk(letter)}")
     click.echo("\nhistory (UTC)")

@@ -11,6 +11,7 @@ from typing import IO, Any
 
 import click
 
+from .cli_waiting import _cut, _table
 from .client import RelayClient
 from .contract import MAX_CONF_DEPTH
 from .errors import InvalidRequest, ResultNotReady
@@ -38,6 +39,7 @@ PROGRESS_EVERY_S = 0.2
 @click.option("--until-created", is_flag=True, help="Wait until all runs exist, and print the outcomes.")
 @click.option("--wait", is_flag=True, help="Wait until all runs have ended, and print the outcomes.")
 @click.option("--timeout", type=float, help="Seconds for which this command waits; the fan-out goes on.")
+@click.option("-o", "--output", type=click.Choice(["json", "table"]), default="json", show_default=True)
 @told
 def fan_out_command(
     dag_id: str,
@@ -50,11 +52,12 @@ def fan_out_command(
     until_created: bool,
     wait: bool,
     timeout: float | None,
+    output: str,
 ) -> None:
     """Start one run of DAG_ID for each conf in a file; print the id of the fan-out.
 
     With --wait or --until-created a bar on standard error shows how far it is, the id is printed there too,
-    and standard output gets one outcome a line, as JSON, in the order of the file. Ends with 1 if any of
+    and standard output gets one outcome a line, in the order of the file. Ends with 1 if any of
     them is no success.
     """
     if until_created and wait:
@@ -74,8 +77,14 @@ def fan_out_command(
         return
     _show_progress(fan, timeout)
     outcomes = fan.get(timeout=10)
-    for one in outcomes:
-        click.echo(json.dumps(one.to_message()))
+    if output == "table":
+        rows: list[tuple[str, ...]] = [
+            (one.state, one.dag_run_id, one.id, _cut(one.reason or one.error or "", 70)) for one in outcomes
+        ]
+        _table(("state", "run", "id", "reason"), rows)
+    else:
+        for one in outcomes:
+            click.echo(json.dumps(one.to_message()))
     if any(one.state != "done" for one in outcomes):
         sys.exit(EX_FAILED)
 
