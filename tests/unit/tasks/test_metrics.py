@@ -392,6 +392,7 @@ def test_every_metric_is_served_and_none_that_is_not_declared(tally):
     metrics.count_retry("tasks.trigger_dag", "AirflowUnavailable")
     metrics.observe_trigger("default", 1.0)
     metrics.count_job("train", "done")
+    metrics.count_webhook("billing", "delivered")
     metrics.observe_request("default", "get", 1.0, "2xx")
     metrics.observe_service_request("train", "look", 1.0, "2xx")
     metrics.count_looks("service:train", "again", 3)
