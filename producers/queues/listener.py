@@ -18,7 +18,6 @@ import logging
 import random
 import threading
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -31,7 +30,7 @@ from ..scopes import Scope
 from ..stores.heard import answer_key, heard
 from ..stores.records import Accepted, Script
 from .message import MAX_MESSAGE_BYTES, Incoming, Order, Routes, json_object, json_value, read
-from .replies import Replies, answer, answer_of, in_thread, publish, result_of
+from .replies import Replies, answer, answer_of, in_thread, publish, result_of, where
 from .source import Received, Source, SourceUnavailable
 
 log = logging.getLogger("dagrelay.listen")
@@ -141,8 +140,7 @@ class Listener:
         """Take one batch; after an outage wait first, and begin with a question to Redis."""
         try:
             if self._down:
-                with told_as_unavailable():
-                    self._relay.redis.ping()
+                self._try_redis()
             batch = self._source.receive(self._prefetch, WAIT_S)
             if batch:
                 self._hand = {id(one): one for one in batch}
@@ -157,7 +155,16 @@ class Listener:
         except SourceUnavailable as exc:
             self._wait(stop, f"source: {exc}")
         except Exception as exc:  # noqa: BLE001 - no message ends the listener
-            self._wait(stop, f"bug: {_where(exc)}", counted=True)
+            self._wait(stop, f"bug: {where(exc)}", counted=True)
+
+    def _try_redis(self) -> None:
+        """Raise BrokerUnavailable while Redis takes nothing: it may answer, and be full or read-only.
+
+        A message that is received only to be given back counts as delivered with most brokers, which put it
+        aside, or drop it, after so many times.
+        """
+        with told_as_unavailable():
+            self._relay.redis.set(f"{self._key()}:try", 1, px=1)
 
     def _wait(self, stop: threading.Event, why: str, *, counted: bool = False) -> None:
         """Give back what is in hand, say why once, and wait, longer each time."""
@@ -209,7 +216,7 @@ class Listener:
             except InvalidRequest as exc:
                 bad.append((one, exc))
             except Exception as exc:  # noqa: BLE001 - no message ends the listener
-                log.error("unreadable source=%s by=%s", self._source.name, _where(exc))
+                log.error("unreadable source=%s by=%s", self._source.name, where(exc))
                 bad.append((one, InvalidRequest(f"body: could not be read ({type(exc).__name__})")))
         taken = self._door.accept([item for _, _, item in good])
         for (_, order, _), got in zip(good, taken, strict=True):
@@ -364,7 +371,7 @@ def _name(one: Received) -> str:
 
 def _wish(message: Incoming) -> tuple[str | None, str | None]:
     """Return where the sender of a refused message wants its answer, and with what id, as far as it says."""
-    to, correlation_id = message.reply_to, message.correlation_id
+    to, correlation_id = _plain(message.reply_to), _plain(message.correlation_id)
     if to is None and len(message.body) <= MAX_MESSAGE_BYTES:
         try:
             fields = json_object(message.body)
@@ -376,9 +383,3 @@ def _wish(message: Incoming) -> tuple[str | None, str | None]:
 
 def _plain(value: Any) -> str | None:
     return value if isinstance(value, str) and 0 < len(value) <= 250 and value.isprintable() else None
-
-
-def _where(exc: BaseException) -> str:
-    """Say an error of ours by its kind and place: its text may hold what a message says."""
-    place = traceback.extract_tb(exc.__traceback__)[-1]
-    return f"{type(exc).__name__} in {place.name}:{place.lineno}"

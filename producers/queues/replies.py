@@ -28,6 +28,7 @@ import json
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -129,10 +130,6 @@ class Replies:
                 self._own = True
                 stop.wait(wait_s)
                 wait_s = min(2 * wait_s, BACKOFF_S[1])
-            except Exception:
-                log.exception("answers wait")
-                self._own = True
-                stop.wait(BACKOFF_S[1])
         self._leave()
 
     def _turn(self) -> None:
@@ -150,7 +147,7 @@ class Replies:
         try:
             for entry, fields in rows:
                 if fields is not None:
-                    self._tell(entry, {_text(name): _text(value) for name, value in fields.items()})
+                    self._tell_or_log(entry, {_text(name): _text(value) for name, value in fields.items()})
                 told.append(entry)
         finally:
             if told:
@@ -176,6 +173,14 @@ class Replies:
         return entries(
             self._redis.xreadgroup(GROUP, self._consumer, {self._key: ">"}, count=AT_ONCE, block=block_ms)
         )
+
+    def _tell_or_log(self, entry: bytes, notice: Mapping[str, str]) -> None:
+        try:
+            self._tell(entry, notice)
+        except (RedisError, OSError, SourceUnavailable):
+            raise
+        except Exception as exc:  # noqa: BLE001 - one that cannot be told must not hold up all others
+            log.error("answer lost task_id=%s by=%s", notice.get("id"), where(exc))
 
     def _tell(self, entry: bytes, notice: Mapping[str, str]) -> None:
         task_id, what = notice.get("id", ""), notice.get("what", "")
@@ -218,6 +223,12 @@ def publish(source: Source, to: str, body: bytes, correlation_id: str | None, ta
         )
     except Undeliverable as exc:
         log.warning("answer undeliverable task_id=%s to=%r reason=%s", task_id, to, exc)
+
+
+def where(exc: BaseException) -> str:
+    """Say an error of ours by its kind and place: its text may hold what a message says."""
+    place = traceback.extract_tb(exc.__traceback__)[-1]
+    return f"{type(exc).__name__} in {place.name}:{place.lineno}"
 
 
 def in_thread(run: Callable[[threading.Event], None], stop: threading.Event) -> threading.Thread:

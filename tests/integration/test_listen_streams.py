@@ -17,11 +17,13 @@ from redis import Redis
 from local.process import ROOT, Process, clean_env
 from local.valkey import Valkey
 from producers.client import RelayClient
+from producers.queues import replies
 from producers.queues.listener import Listener
 from producers.queues.sources import publisher_for, source_for
 from producers.scopes import Scope
 from producers.stores.heard import answer_key, heard
 from producers.stores.notices import replies_key
+from tests.fake_service import FakeService
 from tests.integration.test_trigger import until
 
 pytestmark = pytest.mark.integration
@@ -354,6 +356,90 @@ def test_a_sender_hears_that_its_request_was_accepted_goes_on_and_has_ended(
     (refused,) = answers(stream, "replies.no")
     assert (refused["what"], refused["error"], refused["id"]) == ("refused", "NotAllowed", None)
     assert "payroll" in refused["reason"]
+
+
+def test_a_job_that_is_asked_for_over_a_queue_tells_its_states_and_its_result(
+    stream, valkey, start_worker, listen
+):
+    with FakeService() as service:
+        start_worker(DAGRELAY_SERVICE_TRAIN=service.variable)
+        listen(scope=Scope(services=("train",)))
+        job = {
+            "service": "train",
+            "path": "/jobs/{job_id}",
+            "result": "out",
+            "interval_s": 0.2,
+            "submit": {"path": "/jobs", "body": {"ref": "{reference}"}},
+        }
+        stream.xadd(STREAM, {"data": json.dumps(job), "reply_to": "replies.test", "correlation_id": "j-1"})
+        until(lambda: any(one.get("seen") == "running" for one in answers(stream)))
+        service.end("job-1", "succeeded", out={"rows": 3})
+        until(lambda: answers(stream)[-1]["what"] == "ended")
+
+    told = answers(stream)
+    assert told[0]["what"] == "accepted"
+    assert (told[0]["service"], told[-1]["job_id"]) == ("train", "job-1")
+    assert (told[-1]["state"], told[-1]["job_state"], told[-1]["result"]) == (
+        "done",
+        "succeeded",
+        {"rows": 3},
+    )
+
+
+def test_events_start_what_the_rules_say(stream, requests, start, tmp_path):
+    rules = tmp_path / "rules.toml"
+    rules.write_text('[[rules]]\ntype = "com.example.*"\ndag_id = "sales"\nconf = "{n: data.n}"\n')
+    process = start("--rules", str(rules))
+    stream.xadd(STREAM, {"data": json.dumps({**EVENT, "data": {"n": 1}})})
+    binary = {f"ce-{name}": value for name, value in EVENT.items()}
+    stream.xadd(STREAM, {"data": '{"n": 2}', "content_type": "application/json", **binary, "ce-id": "2"})
+    stream.xadd(STREAM, {"data": json.dumps({**EVENT, "data": {"n": 1}})})  # the same event again
+    stream.xadd(STREAM, {"data": json.dumps({**EVENT, "type": "other"})})
+    until(lambda: pending(stream) == 0 and stream.xlen(DEAD) == 1)
+
+    assert accepted(requests) == [1, 2]
+    assert process.stop() == 0
+
+
+def test_what_a_listener_died_with_before_it_told_is_told_by_another(
+    stream, broker, relay, listen, monkeypatch
+):
+    key = replies_key(source_for(f"{broker.url}?stream={STREAM}").name)
+    relay.redis.xadd(key, {"id": "t1", "what": "ended", "to": "replies.test", "correlation_id": "c-1"})
+    relay.redis.xadd(key, {"id": "t2", "what": "ended", "to": "triggers", "correlation_id": "c-2"})
+    relay.redis.hset("dagrelay:record:t1", mapping={"state": "failed", "error": "GaveUp", "reason": "late"})
+    relay.redis.hset("dagrelay:record:t2", mapping={"state": "failed", "run": "no JSON"})
+    relay.redis.xgroup_create(key, replies.GROUP, id="0")
+    relay.redis.xreadgroup(replies.GROUP, "died", {key: ">"})
+    monkeypatch.setattr(replies, "CLAIM_AFTER_S", 0.1)
+    listen()
+    until(lambda: relay.redis.xlen(key) == 0)
+
+    (told,) = answers(stream)
+    assert (told["id"], told["error"], told["reason"]) == ("t1", "GaveUp", "late")
+
+
+def test_while_redis_is_full_messages_are_not_delivered_again_and_again(
+    stream, requests, relay, valkey, listen
+):
+    listener = listen()
+    send_many(stream, range(1))
+    until(lambda: listener.counts.accepted == 1)
+    requests.config_set("maxmemory", "1mb")
+    send_many(stream, range(1, 9))
+    until(lambda: pending(stream) == 8)
+    until(lambda: listener._wait_s >= 1.5)  # it has tried some times
+    requests.config_set("maxmemory", "0")
+    until(lambda: pending(stream) == 0)
+
+    assert accepted(requests) == list(range(9))
+    assert stream.exists(DEAD) == 0
+
+
+def test_a_broker_that_is_away_at_the_start_is_waited_for(start, tmp_path):
+    process = start(url=f"redis://127.0.0.1:1/0?stream={STREAM}")
+    until(lambda: "waits source=redis:127.0.0.1:1/0:dag-triggers" in log_of(tmp_path))
+    assert process.stop() == 0
 
 
 def test_the_same_message_again_is_one_request_and_hears_how_that_ended(
