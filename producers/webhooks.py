@@ -119,26 +119,28 @@ class Webhook:
 class Delivery:
     """One delivery whose signature is right.
 
-    `id` is what its sender calls it; `repeats` what is the same whenever it comes again, and cannot be
-    changed without the secret.
+    `id` is its own, where that is signed, else the hash of its body: it is the same whenever the delivery
+    comes again, and cannot be changed without the secret. `label` is what its sender calls it.
     """
 
     hook: str
     id: str
-    repeats: str
     event: str
     payload: Any
+    label: str = ""
 
     @property
     def task_id(self) -> str:
         """The task id of what it asks for: the same whenever it comes."""
-        return task_id_for("webhook", self.hook, self.repeats)
+        return task_id_for("webhook", self.hook, self.id)
 
     def as_event(self) -> Event:
         """Return it for the routing rules."""
         kind = f"{self.hook}.{self.event}" if self.event else self.hook
         source = f"/v1/webhooks/{self.hook}"
         about = {"specversion": "1.0", "id": self.id, "source": source, "type": kind}
+        if self.label:
+            about["deliveryid"] = self.label
         return Event(self.id, source, kind, self.payload, about)
 
 
@@ -151,12 +153,12 @@ def verify(hook: Webhook, headers: Mapping[str, str], body: bytes, now: float) -
     Header names are in lower case; `now` is in seconds since 1970. Raises SignatureRefused, and OutOfTime for
     what is signed.
     """
-    timestamp = ""
+    # What is missing is looked at last: the work is the same, whatever was sent, and to whichever name.
+    timestamp, missing = "", ""
     if hook.scheme == "standard":
-        timestamp = headers.get(TIMESTAMP, "")
-        delivery_id = headers.get(ID, "")
+        timestamp, delivery_id = headers.get(TIMESTAMP, ""), headers.get(ID, "")
         if not _DELIVERY_ID.fullmatch(delivery_id) or not _TIMESTAMP.fullmatch(timestamp):
-            raise SignatureRefused(f"{ID} or {TIMESTAMP} is missing, or unreadable")
+            missing, timestamp, delivery_id = f"{ID} or {TIMESTAMP} is missing, or unreadable", "", ""
         given = [one[3:] for one in headers.get(SIGNATURE, "").split(" ") if one.startswith("v1,")]
         expected = [standard_mac(key, delivery_id, timestamp, body) for key in hook.keys]
     elif hook.scheme == "stripe":
@@ -164,7 +166,7 @@ def verify(hook: Webhook, headers: Mapping[str, str], body: bytes, now: float) -
         times = [value for name, _, value in pairs if name == "t"]
         timestamp = times[0] if len(times) == 1 else ""
         if not _TIMESTAMP.fullmatch(timestamp):
-            raise SignatureRefused("stripe-signature is missing, or has no one timestamp")
+            missing, timestamp = "stripe-signature is missing, or has no one timestamp", ""
         given = [value for name, _, value in pairs if name == "v1"]
         expected = [mac(key, timestamp.encode() + b"." + body) for key in hook.keys]
     else:
@@ -176,8 +178,10 @@ def verify(hook: Webhook, headers: Mapping[str, str], body: bytes, now: float) -
         expected = [mac(key, body, hook.algorithm, hook.encoding) for key in hook.keys]
         if hook.encoding == "hex":
             given = [one.lower() for one in given]
-    if not _any_equal(given[:MOST_SIGNATURES], expected):
-        raise SignatureRefused("no signature is of one of its secrets" if given else "has no signature")
+    signed = _any_equal(given[:MOST_SIGNATURES], expected)
+    if missing or not signed:
+        why = "no signature is of one of its secrets" if given else "has no signature"
+        raise SignatureRefused(missing or why)
     if timestamp and not -WINDOW_S <= int(timestamp) - now <= WINDOW_S:
         raise OutOfTime(int(timestamp) - now)
 
@@ -202,24 +206,20 @@ def delivery_of(hook: Webhook, headers: Mapping[str, str], body: bytes) -> Deliv
     """Return what a verified delivery says. Raises InvalidRequest."""
     payload = json_value(body)
     fields = payload if isinstance(payload, dict) else {}
-    digest = hashlib.sha256(body).hexdigest()
+    delivery_id, label = f"sha256:{hashlib.sha256(body).hexdigest()}", ""
+    event = fields.get("type")
     if hook.scheme == "standard":
-        delivery_id, event = headers[ID], fields.get("type")
-        repeats = f"id {delivery_id}"
+        delivery_id = headers[ID]
     elif hook.scheme == "stripe":
-        given, event = fields.get("id"), fields.get("type")
-        delivery_id, repeats = digest, f"body {digest}"
+        given = fields.get("id")
         if isinstance(given, str) and _DELIVERY_ID.fullmatch(given):
-            delivery_id, repeats = given, f"id {given}"
-    else:
-        header = "x-github-event" if hook.scheme == "github" else hook.event_header
-        event = headers.get(header) if header else fields.get("type")
-        delivery_id = digest
-        repeats = f"body {digest}"
-        if hook.scheme == "github" and _DELIVERY_ID.fullmatch(headers.get("x-github-delivery", "")):
-            delivery_id = headers["x-github-delivery"]
+            delivery_id = given
+    elif hook.scheme == "github":
+        event, label = headers.get("x-github-event"), headers.get("x-github-delivery", "")
+    elif hook.event_header:
+        event = headers.get(hook.event_header)
     what = event if isinstance(event, str) and _EVENT.fullmatch(event) else ""
-    return Delivery(hook.name, delivery_id, repeats, what, payload)
+    return Delivery(hook.name, delivery_id, what, payload, label if _DELIVERY_ID.fullmatch(label) else "")
 
 
 def wake_key(hook: Webhook, payload: Any) -> str:

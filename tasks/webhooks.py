@@ -51,7 +51,8 @@ MOST_TOLD: Final = 1000
 MAX_RUN_BYTES: Final = 8192
 
 PLACE_WAIT_S: Final = 0.05
-PLACE_CAP_S: Final = 10.0
+PLACE_CAP_S: Final = 60.0
+"""Long, for thousands that wait for a slow receiver: each look at whether there is a place costs a task."""
 
 # Of the ids of deliveries. Never to change: one that is sent again would be another to its receiver.
 _DELIVERIES = uuid.UUID("7d1c1f0a-52c3-5c58-9a5e-1f7b6f0f3a44")

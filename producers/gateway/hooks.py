@@ -155,7 +155,7 @@ def _order(gateway: Gateway, hook: Webhook, delivery: Delivery, body: bytes) -> 
             raise InvalidRequest("type: this gateway has no routing rules")
         return Order(gateway.routes.order(delivery.as_event()), delivery.task_id, Envelope())
     # Nothing of the headers: they are not signed.
-    message = Incoming(body, id=delivery.repeats)
+    message = Incoming(body, id=delivery.id)
     order = read(message, door=f"webhook {hook.name}", routes=gateway.routes)
     if order.envelope.reply_to is not None:
         raise InvalidRequest("reply_to: a webhook has nowhere to answer to: name a hook in on_end")
@@ -169,7 +169,7 @@ async def _wake(gateway: Gateway, hook: Webhook, delivery: Delivery) -> Response
     and none is lost. One that woke nobody is not noted: somebody may wait for it when it comes again.
     """
     key = wake_key(hook, delivery.payload)
-    digest = hashlib.sha256(delivery.repeats.encode("utf-8", "surrogatepass")).hexdigest()
+    digest = hashlib.sha256(delivery.id.encode()).hexdigest()
     mark = f"dagrelay:webhook:{hook.name}:{digest}"
     redis = gateway.relay.redis
 

@@ -178,7 +178,8 @@ def test_github_signs_the_body_alone_so_a_replay_is_known_by_it():
         delivery_of(code, {"x-github-delivery": name, "x-github-event": event}, BODY)
         for name, event in (("d-1", "push"), ("d-2", "issues"))
     )
-    assert (one.id, one.event) == ("d-1", "push")
+    assert (one.event, one.as_event().attributes["deliveryid"]) == ("push", "d-1")
+    assert one.id == other.id  # by which a rule makes the key of the run
     assert one.task_id == other.task_id
     assert one.task_id != delivery_of(code, {}, BODY + b" ").task_id
 
