@@ -13,16 +13,17 @@ import traceback
 from typing import Final
 from urllib.parse import urlsplit
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import DagrelayError
 from ..keys import ANYBODY, Key
+from .access import AccessLog
 from .base import RETRY_AFTER_S, Gateway, Problem, answer_to
 from .limits import Limits
 from .settings import is_loopback
 
 log = logging.getLogger(__name__)
-access: Final = logging.getLogger(f"{__name__}.access")
 
 OPEN: Final = frozenset({"/livez", "/readyz", "/openapi.json"})
 """What answers anybody, and tells nothing of what there is."""
@@ -39,8 +40,9 @@ BUSY: Final = "too many requests at once: the request was not taken, send it aga
 class Front:
     """The outermost part of the application."""
 
-    def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
+    def __init__(self, app: ASGIApp, gateway: Gateway, access: AccessLog) -> None:
         self._app, self._gateway, self._settings = app, gateway, gateway.settings
+        self._access = access
         self._limits = Limits(1 / gateway.settings.workers)
         self._in_flight = 0
 
@@ -59,8 +61,8 @@ class Front:
             await answer.refuse(problem, scope, receive)
         except DagrelayError as exc:
             await answer.refuse(answer_to(exc), scope, receive)
-        except asyncio.CancelledError:
-            raise
+        except ClientDisconnect:
+            pass  # there is nobody to answer
         except Exception as exc:  # noqa: BLE001 - it is answered, and told by where it was raised
             # Without its own words: they may hold a value of what was sent.
             where = "".join(traceback.format_tb(exc.__traceback__))
@@ -70,18 +72,16 @@ class Front:
             )
         finally:
             self._in_flight -= 1
-            if access.isEnabledFor(logging.INFO):
-                state = scope.get("state", {})
-                key, task = state.get("key"), state.get("task")
-                access.info(
-                    "method=%s route=%s status=%d key=%s task=%s ms=%.1f",
-                    scope["method"] if scope["method"].isalpha() else "-",
-                    getattr(scope.get("route"), "path", "-"),
-                    answer.status,
-                    key.id if key is not None else "-",
-                    task or "-",
-                    (time.perf_counter() - began) * 1e3,
-                )
+            self._tell(scope, answer.status, time.perf_counter() - began)
+
+    def _tell(self, scope: Scope, status: int, took_s: float) -> None:
+        state = scope.get("state", {})
+        method, key = scope["method"], state.get("key")
+        self._access.add(
+            f"method={method if method.isalpha() else '-'} route={getattr(scope.get('route'), 'path', '-')} "
+            f"status={status} key={key.id if key is not None else '-'} task={state.get('task', '-')} "
+            f"ms={took_s * 1e3:.1f}"
+        )
 
     def _admit(self, scope: Scope, answer: _Answer) -> None:
         """Find out who asks. Raises Problem."""

@@ -11,6 +11,7 @@ from typing import Any, Final
 from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 
+from ..cli_waiting import timeline
 from ..client import told_as_unavailable
 from ..contract import PollRequest, TriggerRequest
 from ..errors import NotAllowed
@@ -46,7 +47,8 @@ def router(streams: Streams) -> APIRouter:
         """Return how a request stands, and what happened to it so far."""
         _check_may_read(key_of(request))
         found, history = await asyncio.to_thread(_look, gateway_of(request), key_of(request), task_id)
-        told = shown(found) | {"history": [{"at": instant(at), "what": what} for at, what in history]}
+        past = timeline(found, history)
+        told = shown(found) | {"history": [{"at": instant(at), "what": what} for at, what in past]}
         return Response(as_json(told), media_type="application/json")
 
     @routes.delete("/v1/tasks/{task_id}", **schemas.DELETE_TASK)

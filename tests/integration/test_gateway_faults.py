@@ -1,0 +1,157 @@
+"""The HTTP door when something fails: Redis is away, the gateway is killed or stopped; and how it starts."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from redis import Redis
+
+from local.process import clean_env, free_port
+from local.valkey import Valkey
+from producers.contract import QUEUE_TRIGGERS
+from tests.integration.gateway import DAGRELAY, Answer, GatewayProcess
+from tests.integration.test_gateway import follow, read_events, until
+
+pytestmark = pytest.mark.integration
+
+
+def test_while_redis_is_away_nothing_is_taken_and_the_answer_says_so(tmp_path):
+    with Valkey() as valkey, GatewayProcess(valkey.url, tmp_path) as gateway:
+        made = gateway.run()
+        valkey.stop()
+        asked = [
+            gateway.run(Idempotency_Key='"k"'),
+            gateway.ask("POST", "/v1/fan-out", b'{"dag_id":"a"}', Content_Type="application/x-ndjson"),
+            gateway.ask("GET", made.headers["location"]),
+            gateway.ask("DELETE", made.headers["location"]),
+            gateway.ask("GET", made.body["events_url"]),
+        ]
+        for answer in asked:
+            assert answer.status == 503, answer
+            assert int(answer.headers["retry-after"]) >= 1
+            assert answer.headers["content-type"] == "application/problem+json"
+            assert str(valkey.port) not in answer.raw.decode()
+        until(lambda: gateway.ask("GET", "/readyz").status == 503)
+        assert gateway.ask("GET", "/livez").status == 200
+
+        valkey.start()
+        until(lambda: gateway.ask("GET", "/readyz").status == 200)
+        assert gateway.run(Idempotency_Key='"k"').status == 202
+        with Redis.from_url(valkey.url) as redis:
+            assert redis.llen(QUEUE_TRIGGERS) == 2
+
+
+def test_a_gateway_that_is_killed_again_and_again_loses_no_yes_and_makes_no_second_run(tmp_path):
+    """Senders repeat what got no answer, with the same Idempotency-Key."""
+    with Valkey() as valkey, GatewayProcess(valkey.url, tmp_path) as gateway:
+        stop = threading.Event()
+        answers: dict[str, list[Answer]] = {}
+
+        def sender(name: str) -> None:
+            number = 0
+            while not stop.is_set():
+                number += 1
+                key = f"{name}-{number}"
+                told: list[Answer] = answers.setdefault(key, [])
+                while not told or told[-1].status != 202 or len(told) < 1 + number % 2:
+                    try:
+                        told.append(gateway.run(body={"conf": {"key": key}}, Idempotency_Key=f'"{key}"'))
+                    except (OSError, http.client.HTTPException):  # it was cut off
+                        time.sleep(0.05)
+
+        with ThreadPoolExecutor(8) as senders:
+            running = [senders.submit(sender, f"s{number}") for number in range(8)]
+            try:
+                for _ in range(3):
+                    time.sleep(1.0)
+                    gateway.kill()
+                    gateway.start()
+                time.sleep(0.5)
+            finally:
+                stop.set()
+            for one in running:
+                one.result(timeout=60)
+        assert len(answers) > 50
+        assert {answer.status for told in answers.values() for answer in told} <= {202}
+        assert all(len({answer.raw for answer in told}) == 1 for told in answers.values())
+        with Redis.from_url(valkey.url) as redis:
+            runs = [
+                json.loads(json.loads(text)["body"])[1]["conf"]["key"]
+                for text in redis.lrange(QUEUE_TRIGGERS, 0, -1)
+            ]
+        assert sorted(runs) == sorted(answers)
+
+
+def test_it_stops_in_good_order_and_ends_its_streams(tmp_path):
+    with Valkey() as valkey, GatewayProcess(valkey.url, tmp_path) as gateway:
+        made = gateway.run()
+        with follow(gateway, made.body["events_url"]) as line, gateway.connect() as slow:
+            read_events(line, 1)
+            head = (
+                "POST /v1/dags/a/runs HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+                f"Authorization: Bearer {gateway.token}\r\nContent-Length: 2\r\n"
+                "Expect: 100-continue\r\n\r\n"
+            )
+            slow.sendall(head.encode())
+            assert b" 100 " in slow.recv(4000)  # it is in hand
+            slow.sendall(b"{")
+            stopping = threading.Thread(target=gateway.stop)
+            stopping.start()
+            assert read_events(line, 1) == []
+            slow.sendall(b"}")
+            assert b" 202 " in slow.recv(4000)
+        stopping.join(30)
+        assert gateway.process.poll() == 0
+        assert "Traceback" not in gateway.text()
+
+
+def test_several_processes_share_one_port(tmp_path):
+    with Valkey() as valkey, GatewayProcess(valkey.url, tmp_path, "--workers", "2") as gateway:
+        answers = {gateway.run(Idempotency_Key='"k"').raw for _ in range(20)}
+        assert len(answers) == 1
+        with Redis.from_url(valkey.url) as redis:
+            assert redis.llen(QUEUE_TRIGGERS) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "env", "parts"),
+    [
+        ([], {}, ["DAGRELAY_GATEWAY_KEYS_FILE", "--insecure"]),
+        (["--insecure", "--host", "0.0.0.0"], {}, ["DAGRELAY_GATEWAY_HOST"]),  # noqa: S104
+        (["--keys", "none.toml", "--rules", "none.toml"], {}, ["keys: none.toml", "rules: none.toml"]),
+        (
+            ["--insecure", "--tls-cert", "a"],
+            {"DAGRELAY_GATEWAY_WORKERS": "x", "DAGRELAY_REDIS_URL": "", "DAGRELAY_GATEWAY_MAX_STREAMS": "0"},
+            ["_TLS_KEY", "_WORKERS is no number", "DAGRELAY_REDIS_URL", "_MAX_STREAMS"],
+        ),
+    ],
+)
+def test_it_names_every_mistake_and_does_not_start(tmp_path, options, env, parts):
+    environ = clean_env(DAGRELAY_REDIS_URL="redis://127.0.0.1:1/0") | env
+    done = subprocess.run(
+        [DAGRELAY, "gateway", *options], env=environ, capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+    assert done.returncode == 78
+    for part in parts:
+        assert part in done.stderr
+
+
+def test_without_keys_it_is_for_this_machine_and_no_page_of_its_browser(tmp_path):
+    with Valkey() as valkey:
+        gateway = GatewayProcess(valkey.url, tmp_path)
+        gateway.port = free_port()
+        gateway._argv = [str(DAGRELAY), "gateway", "--insecure", "--port", str(gateway.port)]
+        with gateway:
+            assert gateway.run(token=None).status == 202
+            for headers in (
+                {"Origin": "http://127.0.0.1"},
+                {"Sec_Fetch_Site": "cross-site"},
+                {"Host": "evil.example:80"},
+            ):
+                assert gateway.run(token=None, **headers).status == 403, headers
