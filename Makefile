@@ -12,7 +12,7 @@ export UV_SYSTEM_CERTS ?= true
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo demo-check up down worker flower airflow listen trigger doctor health status parked wake cancel dead airflows hold release gateway socket watch
-.PHONY: test lint format types bench lock clean
+.PHONY: test lint format types bench messages lock clean
 
 # Make would read a `$$` in them as its own; they go on as written, in the environment, never in a command.
 unexport DAG CONF KEY ID CONNECTION REASON
@@ -130,6 +130,9 @@ types: $(READY)  ## check the types
 bench: $(READY)  ## one benchmark: NAME=latency; its last line is one JSON object
 	@[ -f 'benchmarks/$(NAME).py' ] || { echo "NAME= one of:" $(basename $(notdir $(wildcard benchmarks/[a-z]*.py))) >&2; exit 64; }
 	@exec $(PY) -m benchmarks.$(NAME) $(ARGS)
+
+messages: $(READY)  ## write docs/messages.schema.json and docs/asyncapi.json anew, from the contract
+	@exec $(PY) -m producers.message_docs docs
 
 lock: $(READY)  ## write the locks anew from pyproject.toml, keeping versions ([ARGS=--upgrade])
 	$(COMPILE) --all-extras --group dev pyproject.toml -o requirements.lock $(ARGS)
