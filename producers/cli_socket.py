@@ -42,8 +42,20 @@ _FILE = click.Path(path_type=Path)
 @click.option("--insecure", is_flag=True, help="No keys: whoever reaches it may ask. On loopback alone.")
 @click.option("--certfile", "--tls-cert", "certfile", type=_FILE, help="TLS, with this certificate (PEM).")
 @click.option("--keyfile", "--tls-key", "keyfile", type=_FILE, help="Its key, where that lies elsewhere.")
-@click.option("--max-connections", type=click.IntRange(min=1), default=10_000, show_default=True)
-@click.option("--per-address", type=click.IntRange(min=1), default=1_000, show_default=True)
+@click.option(
+    "--max-connections",
+    type=click.IntRange(min=1),
+    default=10_000,
+    show_default=True,
+    help="In all. Each is an open file: `ulimit -Hn` limits them too.",
+)
+@click.option(
+    "--per-address",
+    type=click.IntRange(min=1),
+    default=1_000,
+    show_default=True,
+    help="From one address (of IPv6 one /64): more, where many come through one proxy.",
+)
 @click.option(
     "--max-line",
     type=click.IntRange(min=100, max=MAX_MESSAGE_BYTES),
@@ -54,7 +66,9 @@ _FILE = click.Path(path_type=Path)
 @click.option(
     "--line-timeout", type=float, default=30.0, show_default=True, help="Seconds that one line may take."
 )
-@click.option("--idle", type=float, default=86_400.0, show_default=True, help="Seconds without a line.")
+@click.option(
+    "--idle", type=float, default=86_400.0, show_default=True, help="Seconds that one may say nothing."
+)
 @click.option("--grace", type=float, default=10.0, show_default=True, help="Seconds to end in, after TERM.")
 @told
 def socket(

@@ -33,7 +33,13 @@ PROGRESS_EVERY_S = 0.2
     "--key-prefix", help="Makes a repeated command the same runs: their keys are PREFIX-1, PREFIX-2, …"
 )
 @click.option("--connection", default="default", show_default=True, help="Which Airflow.")
-@click.option("--on-error", type=click.Choice(["continue", "stop"]), default="continue", show_default=True)
+@click.option(
+    "--on-error",
+    type=click.Choice(["continue", "stop"]),
+    default="continue",
+    show_default=True,
+    help="What the first failure does to those that were not begun.",
+)
 @click.option("--then", help="A Celery task to be sent all outcomes at the end, by its name.")
 @click.option("--then-queue", default="celery", show_default=True, help="The queue of that task.")
 @click.option("--until-created", is_flag=True, help="Wait until all runs exist, and print the outcomes.")

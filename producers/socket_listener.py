@@ -389,6 +389,7 @@ class _Connection(asyncio.Protocol):
 
     __slots__ = (
         "_answering",
+        "_connected_at",
         "_door",
         "_eof",
         "_held",
@@ -421,7 +422,7 @@ class _Connection(asyncio.Protocol):
         self._room: asyncio.Future[None] | None = None
         self._held = self._thrown_away = 0
         self._eof = self._paused = self._answering = False
-        self._since = time.monotonic()
+        self._since = self._connected_at = time.monotonic()
         self.deadline = math.inf
         self.address = self.peer = self.by = ""
 
@@ -552,12 +553,14 @@ class _Connection(asyncio.Protocol):
             self._door.let_go(self)
             return
         self._work = None
+        if self._state == "gone":  # in the meantime
+            return
         self._transport.set_write_buffer_limits(high=ANSWERS_UNREAD_BYTES)
         self._begin()
 
     def _begin(self) -> None:
         self._state = "open"
-        self._since = time.monotonic()
+        self._since = self._connected_at = time.monotonic()
         self._set_deadline()
         self._go_on()
 
@@ -592,7 +595,7 @@ class _Connection(asyncio.Protocol):
         elif self._answering:
             self.deadline = math.inf
         elif not self._known():
-            self.deadline = self._since + limits.auth_s
+            self.deadline = self._connected_at + limits.auth_s
         elif self._lines:
             self.deadline = self._since + limits.line_s
         else:
@@ -630,6 +633,7 @@ class _Connection(asyncio.Protocol):
             self._work = None
         if self._state != "open":
             return
+        self._hold(len(self._lines) - self._held)
         if self._door.stopping:
             self._end(f"RETRY {RETRY_S} the door closes: send it again" if self._lines else None)
         elif self._eof:
@@ -691,6 +695,8 @@ class _Connection(asyncio.Protocol):
                 answers.append("")
         if items:
             await self._accept(items, answers)
+        else:
+            await asyncio.sleep(0)  # whoever sends only what is wrong keeps nobody else waiting
         if last is not None:
             log.info("refused and ended peer=%s reason=%s", self.peer, last[:60])
         return answers, last

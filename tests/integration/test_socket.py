@@ -348,11 +348,31 @@ def test_the_same_id_under_two_keys_is_two_requests(here, tmp_path):
 
 def test_a_sender_who_says_nothing_is_let_go_before_it_is_known(here, tmp_path, token):
     door = here(keys=Keys.load(tmp_path / "keys.toml"), limits=Limits(auth_s=0.5))
+    began = time.monotonic()
+    client = Client(door)
+    client.connection.settimeout(0.1)
+    answer = b""
+    while not answer and time.monotonic() < began + 20:
+        client.connection.sendall(b"\n")  # to have something said is not to be known
+        with contextlib.suppress(TimeoutError):
+            answer = client.connection.recv(200)
+
+    assert answer.startswith(b"ERR not authenticated")
+    until(lambda: door.connections == 0)
     client = Client(door)
     client.connection.sendall(b"AUTH ")  # a line begun is none
-
     assert client.rest()[0].startswith("ERR not authenticated")
-    until(lambda: door.connections == 0)
+
+
+def test_empty_lines_are_not_counted_as_held(here):
+    door = here()
+    client = Client(door)
+    for _ in range(50):
+        client.connection.sendall(b" \r\n" * 100)
+        time.sleep(0.002)
+    assert client.ask({"dag_id": 7}).startswith("ERR ")
+    client.connection.sendall(b"\n" * 1000)
+    until(lambda: door.held_bytes == 0)
 
 
 # Over TLS, and on a Unix socket
