@@ -18,7 +18,7 @@ gives them in the URL. Options:
 Attributes `content_type`, `reply_to` and `correlation_id` mean what their names say, all others are headers.
 
 boto3 is used, and not kombu's SQS transport: there, a foreign publisher's message that is given back raises
-KeyError, each acknowledgement is a call of its own, and a process that ends writes what it still holds, bodies
+KeyError, each acknowledgement is a call of its own, and a process that ends writes what it holds, bodies
 and all, to a file in /tmp.
 """
 
