@@ -18,6 +18,7 @@ from .errors import InvalidRequest
 from .exits import EX_FAILED, fail, told
 from .stores.dead import Letter
 from .stores.fan_outs import FanOuts
+from .stores.heard import heard
 from .stores.records import ENDED, Record
 from .stores.waits import Waiting
 
@@ -107,7 +108,7 @@ def wake(task_ids: tuple[str, ...], key: str | None, observation: str | None) ->
     """
     if bool(task_ids) == (key is not None):
         raise click.UsageError("give ids, or --key")
-    observed = _observation(observation)
+    observed = heard(_observation(observation))
     client = RelayClient()
     by = client.settings.client_name
     if key is not None:

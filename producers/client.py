@@ -38,6 +38,7 @@ from .errors import BrokerUnavailable, ConfigurationError, DagrelayError, Invali
 from .handle import Handle
 from .settings import ProducerSettings, read_settings
 from .stores.envelope import PRIORITY_SEPARATOR, PRIORITY_STEPS, item_of
+from .stores.heard import heard
 from .stores.records import Accepted, Record, Records
 from .stores.waits import Waits
 
@@ -125,7 +126,7 @@ class RelayClient:
         """
         check_observation(observation)
         with told_as_unavailable():
-            return sum(self.waits.wake_by_key(key, observation, by=self.settings.client_name))
+            return sum(self.waits.wake_by_key(key, heard(observation), by=self.settings.client_name))
 
     def item(
         self,

@@ -599,7 +599,9 @@ States = Annotated[list[Text], Field(min_length=1, max_length=50)]
 class Call(_Request):
     """One request to a service. `path` and the texts in `body` and `query` may hold {job_id} and {reference}.
 
-    {reference} is our own name for the job, the same on every attempt; {job_id} is the service's.
+    {reference} is our own name for the job, the same on every attempt; {job_id} is the service's. The texts
+    in the `body`, `query` and `headers` of a submission may also hold {callback_url}: a URL for this job
+    alone, to which the service may POST what it would answer to a look, until `timeout_s` is over.
     """
 
     path: Path
@@ -622,6 +624,18 @@ class Find(Call):
     job_id: Expression = "id"
 
 
+class Publish(_Request):
+    """One message to a service that is a queue: any JSON. Its texts may hold {reference}."""
+
+    message: Annotated[Any, AfterValidator(_json_value), Field(repr=False)]
+
+
+def _cancel(value: Any) -> Any:
+    if isinstance(value, dict):
+        return Publish(**value) if "message" in value else Call(**value)
+    return value
+
+
 class PollRequest(_Request):
     """One job on an outside service, to be started (optional) and followed until it ends.
 
@@ -629,9 +643,16 @@ class PollRequest(_Request):
 
     service
         Which service: the worker knows its address and credentials as `DAGRELAY_SERVICE_<ID>`.
+    via
+        How it is spoken to: ``http``, or ``queue``: then `message` is published, with our {reference} as its
+        correlation id, and what comes back with that is read as an answer. It is published again, with the
+        same ids, where it is not certain that it was, unless `submit_once` says otherwise.
+    message
+        With ``via="queue"``: what is published, any JSON; its texts may hold {reference} and {callback_url}.
     path, url
         What is asked for the job's state: a path within the service (with {job_id}, {reference}), or an
-        absolute URL, which must be the service's own.
+        absolute URL, which must be the service's own. May be left out where `submit` holds {callback_url}:
+        then the service alone tells how the job is.
     method, body, headers, query
         Of that question. No credentials: those are the service's.
     submit
@@ -657,6 +678,9 @@ class PollRequest(_Request):
         `max_interval_s`, each up to `jitter` (a fraction) longer or shorter. Retry-After is honoured.
     timeout_s
         For the whole, in seconds from when it is due; then `ExternalJobOverdue`.
+    heartbeat_s
+        How long the job may be silent: longer without a callback, an answer or a look that found it, and it
+        is looked at at once; where nothing can be asked, it ends as `ExternalJobSilent`.
     max_errors
         How many looks in a row may fail (no answer, 5xx, nonsense) before it is a failure; 429 is none.
     then
@@ -664,7 +688,8 @@ class PollRequest(_Request):
         the outcome under the key ``job``.
     on_cancel
         What is asked of the service when the request is cancelled or overdue:
-        ``{"method": "DELETE", "path": "/jobs/{job_id}"}``.
+        ``{"method": "DELETE", "path": "/jobs/{job_id}"}``; with ``via="queue"`` what is published then:
+        ``{"message": {"cancel": "{reference}"}}``.
     wake_keys
         Names by which somebody may wake it (`wake`): a webhook, a callback, a message.
     on_end
@@ -673,6 +698,8 @@ class PollRequest(_Request):
 
     service: Annotated[str, Field(min_length=1, max_length=100), AfterValidator(_connection)]
     path: Path | None = None
+    via: Literal["http", "queue"] = "http"
+    message: Annotated[Any, AfterValidator(_json_value), Field(repr=False)] = None
     url: Annotated[str, Field(min_length=1, max_length=2000), AfterValidator(_url)] | None = None
     method: Literal["GET", "POST"] = "GET"
     body: Annotated[Any, AfterValidator(_json_value), Field(repr=False)] = None
@@ -696,9 +723,10 @@ class PollRequest(_Request):
     max_interval_s: Seconds = 60.0
     jitter: Annotated[float, BeforeValidator(_from_number), Field(ge=0, le=0.5)] = 0.1
     timeout_s: Seconds = WAIT_TIMEOUT_S
+    heartbeat_s: Seconds | None = None
     max_errors: Annotated[int, Field(ge=0, le=10_000)] = 20
     then: dict[str, Any] | None = Field(default=None, repr=False)
-    on_cancel: Call | None = None
+    on_cancel: Annotated[Call | Publish | None, BeforeValidator(_cancel)] = None
     wake_keys: Annotated[list[Annotated[Text, Field(min_length=1, max_length=250)]], Field(max_length=20)] = (
         Field(default_factory=list)
     )
@@ -711,9 +739,78 @@ class PollRequest(_Request):
             raise ValueError("; ".join(problems))
         return self
 
+    @property
+    def calls_back(self) -> bool:
+        """Whether the service is told a URL to call back."""
+        told = self.message if self.submit is None else [_texts_of(self.submit), self.submit.headers]
+        return told is not None and _CALLBACK in _as_json(told)
+
+    @property
+    def asks(self) -> bool:
+        """Whether the service can be asked how the job is."""
+        return self.path is not None or self.url is not None
+
+    @property
+    def names_job_id(self) -> bool:
+        """Whether a question to the service holds {job_id}: then one is needed."""
+        given = [self.path, self.url, self.query, self.body]
+        if isinstance(self.on_cancel, Call):
+            given.append(_texts_of(self.on_cancel))
+        return "{job_id}" in _as_json(given)
+
     def _problems(self) -> Iterator[str]:
-        if (self.path is None) == (self.url is None):
+        if self.via == "queue":
+            yield from self._problems_via_queue()
+        else:
+            yield from self._problems_via_http()
+        both = {text.lower() for text in self.success} & {text.lower() for text in self.failure}
+        if both:
+            yield f"success and failure: both have {', '.join(sorted(both))[:200]}"
+        if self.max_interval_s < self.interval_s and "max_interval_s" in self.model_fields_set:
+            yield "max_interval_s: is below interval_s"
+        if self.then is not None:
+            conf = self.then.get("conf")
+            if isinstance(conf, dict) and "job" in conf:
+                yield "then: its conf has the key 'job', under which the outcome goes"
+            try:
+                TriggerRequest(**self.then)
+            except (InvalidRequest, TypeError) as exc:
+                yield f"then: {exc}"
+
+    def _problems_via_queue(self) -> Iterator[str]:
+        if self.message is None:
+            yield "message: is missing: it is what via='queue' publishes"
+        for name in _HTTP_ALONE:
+            if getattr(self, name) != self.defaults[name]:
+                yield f"{name}: is for via='http': over a queue a message is sent, and answers awaited"
+        if self.message is not None and "{job_id}" in _as_json(self.message):
+            yield "message: has {job_id}, and over a queue there is none: use {reference}"
+        if isinstance(self.on_cancel, Call):
+            yield "on_cancel: is a request, and the service is a queue: give {'message': …}"
+        elif self.on_cancel is not None and "{job_id}" in _as_json(self.on_cancel.message):
+            yield "on_cancel: has {job_id}, and over a queue there is none: use {reference}"
+
+    def _problems_via_http(self) -> Iterator[str]:
+        if self.message is not None:
+            yield "message: needs via='queue'"
+        if isinstance(self.on_cancel, Publish):
+            yield "on_cancel: holds a message, which needs via='queue': give a method and a path"
+        if self.path is not None and self.url is not None:
             yield "path: give the job's path, or its url, and not both"
+        if not self.asks and not self.calls_back:
+            yield "path: give the job's path, or its url, or have submit hold {callback_url}"
+        if not self.asks:
+            for name in ("query", "body", "headers"):
+                if getattr(self, name):
+                    yield f"{name}: belongs to the question for the job's state, and there is no path"
+        if self.heartbeat_s is not None and not self.calls_back:
+            yield "heartbeat_s: needs {callback_url} in submit, by which the job is heard of"
+        for name in ("body", "query", "headers", "find", "on_cancel"):
+            given = getattr(self, name)
+            if given and _CALLBACK in (
+                given.model_dump_json() if isinstance(given, Call) else _as_json(given)
+            ):
+                yield f"{name}: has {{callback_url}}, which only submit may hold"
         if self.submit is not None and self.job_id is not None:
             yield "job_id: a job that is submitted has none yet: leave it out, or leave submit out"
         if self.submit is None and (self.submit_once or self.find is not None):
@@ -731,19 +828,6 @@ class PollRequest(_Request):
             for name, call in (("find", self.find), ("submit", self.submit)):
                 if "{reference}" not in _texts_of(call):
                     yield f"{name}: has no {{reference}}, by which the job could be found"
-        both = {text.lower() for text in self.success} & {text.lower() for text in self.failure}
-        if both:
-            yield f"success and failure: both have {', '.join(sorted(both))[:200]}"
-        if self.max_interval_s < self.interval_s and "max_interval_s" in self.model_fields_set:
-            yield "max_interval_s: is below interval_s"
-        if self.then is not None:
-            conf = self.then.get("conf")
-            if isinstance(conf, dict) and "job" in conf:
-                yield "then: its conf has the key 'job', under which the outcome goes"
-            try:
-                TriggerRequest(**self.then)
-            except (InvalidRequest, TypeError) as exc:
-                yield f"then: {exc}"
 
     @classmethod
     def from_message(cls, message: Mapping[str, Any]) -> Self:
@@ -755,8 +839,10 @@ class PollRequest(_Request):
         return reference_for(task_id)
 
     def shown(self, task_id: str) -> str:
-        """Return the request as Flower and logs may show it: no body, no header, no query."""
+        """Return the request as Flower and logs may show it: no body, no header, no query, no message."""
         parts = [f"service={self.service!r}"]
+        if self.via != "http":
+            parts.append(f"via={self.via!r}")
         for name in ("path", "job_id"):
             value = getattr(self, name)
             if value is not None:
@@ -778,6 +864,15 @@ def reference_for(task_id: str) -> str:
 def _texts_of(call: Call) -> str:
     """Return all that may hold a placeholder, as one text."""
     return _as_json([call.path, call.body, call.query])
+
+
+_CALLBACK: Final = "{callback_url}"
+
+_HTTP_ALONE: Final = (
+    *("path", "url", "method", "body", "headers", "query", "submit", "find", "job_id", "gone"),
+    *("interval_s", "growth", "max_interval_s", "jitter", "max_errors"),
+)
+"""The fields of a `PollRequest` that say nothing where the service is a queue."""
 
 
 class Rhythm(Protocol):
@@ -815,7 +910,9 @@ def shown_poll(message: Mapping[str, Any]) -> str:
     for name, value in message.items():
         if name in ("v", "asked", "so_far"):
             continue
-        plain = name in ("service", "path", "url", "job_id", "submit_once") and isinstance(value, str | bool)
+        plain = name in ("service", "via", "path", "url", "job_id", "submit_once") and isinstance(
+            value, str | bool
+        )
         shown[name] = str(value).partition("?")[0][:250] if plain else f"<{type(value).__name__}>"
     return ", ".join(f"{name}={value}" for name, value in shown.items())
 

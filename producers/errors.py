@@ -34,6 +34,7 @@ the very class that the worker raised.
     │   ├── ExternalJobFailed     the job failed, in the service's words
     │   │   └── ExternalJobGone   the service has no such job any more
     │   ├── ExternalJobOverdue    timeout_s passed, and the job had not ended
+    │   │   └── ExternalJobSilent  nothing was heard of it for longer than heartbeat_s
     │   └── ExternalJobUnreadable  the looks failed, or answered nonsense, more often than max_errors
     └── AirflowError
         ├── AirflowUnavailable    no usable answer: retried; it ends a request as GaveUp at the earliest
@@ -307,14 +308,18 @@ class ServiceUnavailable(ExternalJobError):
 
 
 class SubmitRejected(ExternalJobError):
-    """The service refused to start the job. `words` are its own, at most 200 bytes, secrets masked."""
+    """The service refused to start the job. `words` are its own, at most 200 bytes, secrets masked.
+
+    `status` is that of its answer; 0 for a queue that there is not, or that may not be written to.
+    """
 
     def __init__(self, service: str, status: int, words: str) -> None:
         super().__init__(service, status, words)
         self.service, self.status, self.words = service, status, words
 
     def __str__(self) -> str:
-        return f"service {self.service!r} refused to start the job ({self.status}): {self.words}"
+        status = f" ({self.status})" if self.status else ""
+        return f"service {self.service!r} refused to start the job{status}: {self.words}"
 
 
 class SubmitUnknown(ExternalJobError):
@@ -361,6 +366,17 @@ class ExternalJobOverdue(ExternalJobError):
         last = f" (last state: {self.state!r})" if self.state else " (no state was ever seen)"
         return (
             f"job {self.job_id!r} of service {self.service!r} had not ended after {self.after_s:.0f} s{last}"
+        )
+
+
+class ExternalJobSilent(ExternalJobOverdue):
+    """Nothing was heard of the job for `heartbeat_s`, and nobody can be asked; `state` is the last."""
+
+    def __str__(self) -> str:
+        last = f" (last state: {self.state!r})" if self.state else ""
+        return (
+            f"nothing was heard of job {self.job_id!r} of service {self.service!r} "
+            f"for {self.after_s:.0f} s{last}"
         )
 
 

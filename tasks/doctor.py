@@ -26,7 +26,12 @@ def main() -> int:
         f"result_ttl_s={ours.result_ttl_s} log_level={ours.log_level}",
     )
     for service in ours.services.values():
+        if service.queue is not None:
+            _say(f"service {service.id}", True, f"a queue: messages go to {service.queue.name}")
+            continue
         _say(f"service {service.id}", True, f"{service.base_url}, at most {service.max_in_flight} in flight")
+    if ours.services:
+        _say("callbacks", True, ours.callback_url or "none: DAGRELAY_CALLBACK_URL is not set")
     for hook in ours.hooks.values():
         how = "unsigned" if hook.scheme == "none" else f"signed ({hook.scheme}), secrets: {len(hook.keys)}"
         _say(f"hook {hook.id}", True, f"{hook.server}, {how}")

@@ -2,7 +2,8 @@
 
 Policy is on top, in `poll_external_job`; below it one function for each decision. What is asked and what the
 answers mean is in `job_answers`; the looks themselves are done in batches (`looks`), and this task is there
-for what comes before them and after them.
+for what comes before them and after them. A service may also tell how its job is, by a callback or over a
+queue; then it need not be asked at all.
 
 Where things are kept: the job's id, and that its submission was begun, in the request's record, written
 before anything else happens; never in the message. So a message that comes again attaches to the job that is
@@ -15,7 +16,7 @@ import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from celery.exceptions import Ignore
@@ -29,13 +30,16 @@ from producers.contract import (
     Find,
     JobOutcome,
     PollRequest,
+    Publish,
     Submit,
     TriggerRequest,
+    reference_for,
     shown_poll,
 )
 from producers.errors import (
     DagrelayError,
     ExternalJobOverdue,
+    ExternalJobSilent,
     ExternalJobUnreadable,
     InvalidRequest,
     ServiceNotConfigured,
@@ -43,14 +47,17 @@ from producers.errors import (
     SubmitRejected,
     SubmitUnknown,
 )
+from producers.stores.answers import Observed, one_line, read_wake, rules_of, short
+from producers.stores.callbacks import PATH, SECRET, Callbacks
 from producers.stores.envelope import item_of
+from producers.stores.heard import answer_key, said
 from producers.stores.records import Record, record_key
 
 from . import job_answers, metrics, tracing
 from .again import backoff_s, leave_newer, on_record, redis_now, retry
 from .app import RelayRequest, RelayTask, app, backend, records, store_client, waits
 from .http import HttpRequest, HttpResponse, NoAnswer
-from .job_answers import End, Observed, call_of, job_id_in, look_of, no_answer, read_look, read_wake, rules_of
+from .job_answers import End, call_of, job_id_in, look_of, no_answer, read_look
 from .results import NotHandedOver
 from .services import Service, service_sender
 from .settings import settings
@@ -116,9 +123,9 @@ def poll_external_job(self: Any, *before: Any, **message: Any) -> dict[str, Any]
     request = PollRequest.from_message(message)
     job = take_up(self, request, message)
     try:
-        if job.job_id is None and request.submit is not None:
+        if not job.started and not told_its_end(job):
             with a_place_at(job.service):
-                job = replace(job, job_id=submitted(job, request.submit))
+                job = started(job)
         return follow(job)
     except NoPlace as exc:
         raise retry(self, exc, 0.2 + backoff_s(self.request.retries, cap_s=PLACE_CAP_S)) from exc
@@ -134,6 +141,7 @@ class Job:
     service: Service
     record: Record
     job_id: str | None
+    callback_url: str | None = field(default=None, repr=False)
 
     @property
     def task_id(self) -> str:
@@ -147,6 +155,17 @@ class Job:
     def deadline(self) -> float:
         """When the whole is over, by Redis' clock."""
         return (self.record.due_at or 0.0) + self.request.timeout_s
+
+    @property
+    def started(self) -> bool:
+        """Whether there is nothing to be submitted, or published, any more."""
+        ours = self.request.submit is not None or self.request.via == "queue"
+        return not ours or self.job_id is not None or self.record.submitted_at is not None
+
+    @property
+    def can_be_asked(self) -> bool:
+        """Whether looks can follow the job."""
+        return self.request.asks and (self.job_id is not None or not self.request.names_job_id)
 
 
 def with_body(before: tuple[Any, ...], message: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,7 +184,7 @@ def with_body(before: tuple[Any, ...], message: Mapping[str, Any]) -> dict[str, 
 
 
 def take_up(task: Any, request: PollRequest, message: Mapping[str, Any]) -> Job:
-    """Check what only a worker can, begin or read the record, and register the wake keys.
+    """Check what only a worker can, begin or read the record, and register the wake keys and the callback.
 
     Raises ServiceNotConfigured, InvalidRequest.
     """
@@ -183,43 +202,137 @@ def take_up(task: Any, request: PollRequest, message: Mapping[str, Any]) -> Job:
             raise Ignore
         record = records().get(task_id) or Record(task_id)
     job = Job(task, request, message, service, record, record.job_id or request.job_id)
-    if request.wake_keys:
-        waits().register(task_id, request.wake_keys, max(0.0, job.deadline - redis_now()))
+    keys = list(request.wake_keys)
+    if request.via == "queue":
+        keys.append(answer_key(service.id, job.reference))
+    if keys:
+        waits().register(task_id, keys, max(0.0, job.deadline - redis_now()))
+    if request.calls_back and not job.started:
+        job = replace(job, callback_url=expected_callback(job))
     return job
+
+
+def expected_callback(job: Job) -> str:
+    """Return the job's callback URL, which is known to every gateway from now on.
+
+    Raises ServiceNotConfigured where this worker has none to give.
+    """
+    ours = settings()
+    if ours.callback_url is None or not ours.callback_secrets:
+        raise ServiceNotConfigured(
+            job.service.id,
+            "the request holds {callback_url}, and the worker has none to give: set DAGRELAY_CALLBACK_URL "
+            f"and {SECRET} there",
+        )
+    token = ours.callback_secrets.token(job.task_id, job.deadline)
+    Callbacks(store_client()).expect(token, job.task_id, job.deadline, job.message)
+    return f"{ours.callback_url}{PATH}{token}"
 
 
 def check(request: PollRequest, service: Service) -> None:
     """Raise for what is not within the service, or asks it too often."""
-    if request.interval_s < service.min_interval_s:
-        raise InvalidRequest(
-            f"interval_s: is {request.interval_s:g}, below the {service.min_interval_s:g} s "
-            f"that service {service.id!r} allows"
-        )
+    if (service.queue is not None) != (request.via == "queue"):
+        what, via = ("an HTTP service", "http") if service.queue is None else ("a queue", "queue")
+        raise ServiceNotConfigured(service.id, f"it is {what} in the worker: give via={via!r}")
+    if service.queue is not None:
+        return
+    for name in ("interval_s", "heartbeat_s"):
+        pause_s = getattr(request, name)
+        if request.asks and pause_s is not None and pause_s < service.min_interval_s:
+            raise InvalidRequest(
+                f"{name}: is {pause_s:g}, below the {service.min_interval_s:g} s "
+                f"that service {service.id!r} allows"
+            )
     if request.url is not None:
         service.check_url(request.url)
     for call in (request, request.submit, request.find, request.on_cancel):
-        if call is not None and call.path is not None:
+        if call is not None and not isinstance(call, Publish) and call.path is not None:
             service.check_path(call.path)
 
 
 # To start the job
 
 
-def submitted(job: Job, submit: Submit) -> str:
-    """Start the job, or find the one that an earlier attempt has started; return its id, kept on record.
+def told_its_end(job: Job) -> bool:
+    """Tell whether the end of the job was told already, though no attempt knows that it was started."""
+    if job.record.submitting_at is None:
+        return False
+    found = [meaning(job, one) for one in waits().observations(job.task_id, job.task.request.retries)]
+    return any(one is not None and one.ends for one in found)
 
-    Raises Retry where this is still to be found out; SubmitRejected, SubmitUnknown, ExternalJobUnreadable,
-    ExternalJobOverdue. Where the service does not honour our key (`submit_once`) nothing is sent twice: only
-    a request that certainly did not reach it is sent again.
+
+def started(job: Job) -> Job:
+    """Submit or publish the job; return it as it is then. Raises as `submitted` and `published` do."""
+    if job.request.submit is not None:
+        return replace(job, job_id=submitted(job, job.request.submit))
+    return published(job)
+
+
+def published(job: Job) -> Job:
+    """Publish the message that starts the job, with the same ids on every attempt.
+
+    Raises Retry, SubmitRejected, SubmitUnknown, ExternalJobOverdue. With `submit_once` there is one
+    attempt, and its answer tells whether it arrived.
     """
     first = begin_submission(job)
     if job.request.submit_once and not first:
-        return attach(job, found_again(job, "the answer to it was lost"))
+        hear_of_it(job, "an earlier attempt may have published it")
+        return job
+    try:
+        publish(job.service, job.request.message, job.reference, job.reference, job.callback_url)
+    except ServiceUnavailable as exc:
+        if exc.unsure and job.request.submit_once:
+            hear_of_it(job, exc.reason)
+            return job
+        raise submit_again(job, exc, unsure=exc.unsure or not first) from exc
+    except SubmitRejected as exc:
+        if first:
+            raise
+        raise SubmitUnknown(job.service.id, job.reference, f"before, it may have been: {exc.words}") from exc
+    if not waits().learn(job.task_id, f"was published as {job.reference}", submitted_at="now"):
+        raise Ignore
+    log.info("job published task_id=%s service=%s", job.task_id, job.service.id)
+    return replace(job, record=replace(job.record, submitted_at=redis_now()))
+
+
+def publish(
+    service: Service, message: Any, reference: str, message_id: str, callback_url: str | None = None
+) -> None:
+    """Publish one message to a service that is a queue. Raises ServiceUnavailable, SubmitRejected."""
+    from .asking_queues import queue_sender  # here: most workers have no such service
+
+    fills = {"reference": reference}
+    if callback_url is not None:
+        fills["callback_url"] = callback_url
+    told = job_answers.with_filled(message, fills)
+    queue_sender(service).send(told, correlation_id=reference, message_id=message_id)
+
+
+def hear_of_it(job: Job, why: str) -> None:
+    """Note that only the service itself can tell whether the job was started."""
+    if not job.record.unsure:
+        words = short(f"whether it was started is unknown: {why}")
+        if not waits().learn(job.task_id, words, unsure="1"):
+            raise Ignore
+        log.info("job unsure task_id=%s service=%s: %s", job.task_id, job.service.id, short(why))
+
+
+def submitted(job: Job, submit: Submit) -> str | None:
+    """Start the job, or find the one that an earlier attempt has started; return its id, kept on record.
+
+    None where it is not known, and the service calls back. Raises Retry where this is still to be found
+    out; SubmitRejected, SubmitUnknown, ExternalJobUnreadable, ExternalJobOverdue. Where the service does
+    not honour our key (`submit_once`) nothing is sent twice: only a request that certainly did not reach it
+    is sent again.
+    """
+    first = begin_submission(job)
+    if job.request.submit_once and not first:
+        return after_loss(job, "the answer to it was lost")
     try:
         job_id = send_submission(job, submit, unsure=not first or job.record.unsure)
     except ServiceUnavailable as exc:
         if exc.unsure and job.request.submit_once:
-            return attach(job, found_again(job, exc.reason))
+            return after_loss(job, exc.reason)
         if first and not exc.unsure:
             waits().learn(job.task_id, submitting_at="")  # as if it had not been sent
         raise submit_again(job, exc, unsure=exc.unsure or not first) from exc
@@ -232,12 +345,20 @@ def begin_submission(job: Job) -> bool:
     return bool(store_client().hsetnx(record_key(job.task_id), "submitting_at", now))
 
 
-def send_submission(job: Job, submit: Submit, *, unsure: bool) -> str:
+def send_submission(job: Job, submit: Submit, *, unsure: bool) -> str | None:
     """Submit, once; return the job's id. `unsure`: an earlier attempt may have started it.
 
+    None where the answer has no id and none is needed, as the service calls back.
     Raises ServiceUnavailable, SubmitRejected, SubmitUnknown, ExternalJobUnreadable.
     """
-    response = send(job, call_of(job.service, submit, task_id=job.task_id, idempotency_key=job.reference))
+    request = call_of(
+        job.service,
+        submit,
+        task_id=job.task_id,
+        idempotency_key=job.reference,
+        callback_url=job.callback_url,
+    )
+    response = send(job, request)
     status = response.status
     if 200 <= status < 300:
         try:
@@ -245,7 +366,7 @@ def send_submission(job: Job, submit: Submit, *, unsure: bool) -> str:
             problem = "is missing"
         except ValueError as exc:
             found, problem = None, str(exc)
-        if found is not None:
+        if found is not None or (job.request.calls_back and not job.request.names_job_id):
             return found
         answer = job_answers.shown_answer(job.service, response)
         words = f"{problem}, in an answer of {status}: {answer}"
@@ -280,6 +401,17 @@ def submit_again(job: Job, exc: ServiceUnavailable, *, unsure: bool) -> Exceptio
         tell_later(job.task_id, job.request, None)
         return SubmitUnknown(job.service.id, job.reference, f"the time was over: {exc.reason}")
     return ExternalJobOverdue(job.service.id, None, job.request.timeout_s)
+
+
+def after_loss(job: Job, why: str) -> str | None:
+    """Find the job that was started, or not, by a submission that must not be sent again; return its id.
+
+    None where the service calls back, and alone can tell. Raises as `found_again` does.
+    """
+    if job.request.find is None and job.request.calls_back:
+        hear_of_it(job, why)
+        return None
+    return attach(job, found_again(job, why))
 
 
 def found_again(job: Job, why: str) -> str:
@@ -318,9 +450,10 @@ def look_up(service: Service, find: Find, task_id: str, gone: tuple[int, ...] = 
         raise ServiceUnavailable(f"find: {exc}: {job_answers.shown_answer(service, response)}") from None
 
 
-def attach(job: Job, job_id: str) -> str:
+def attach(job: Job, job_id: str | None) -> str | None:
     """Keep the id of a job that was started, before anything else happens; return it."""
-    if not waits().learn(job.task_id, f"is job {job_id}"[:200], job_id=job_id, submitted_at="now"):
+    words = "was submitted" if job_id is None else f"is job {job_id}"[:200]
+    if not waits().learn(job.task_id, words, job_id=job_id or "", submitted_at="now"):
         found = records().get(job.task_id)
         if found is not None and found.state == "cancelled":  # by another copy of the message, meanwhile
             tell_later(job.task_id, job.request, job_id)
@@ -374,27 +507,51 @@ def send_to(service: Service, request: HttpRequest) -> HttpResponse:
 def follow(job: Job) -> dict[str, Any]:
     """Read what was observed and end, or wait on. Raises Ignore (it waits), and the errors of a job's end."""
     observations = waits().observations(job.task_id, job.task.request.retries)
-    look_now, last = False, None
+    look_now, last, words, heard = False, None, "", False
     for observation in observations:
         found = meaning(job, observation)
         if found is None or found.is_error:
             look_now = True  # told to look, or what came says nothing
+            words = f"{found.field}: {found.words}" if found is not None else words
         elif found.ends:
             return end(job, End.of(found))
         else:
             last = found
-    overdue = redis_now() >= job.deadline
-    if look_now or overdue:
+        heard = heard or said(observation)[0]
+    now = redis_now()
+    overdue = now >= job.deadline
+    if job.can_be_asked and (look_now or overdue):
         with a_place_at(job.service):
             found = look_once(job)
         if found.ends:
             return end(job, End.of(found))
         last = last if found.is_error else found
-    if overdue:
+    silent_at = None if job.can_be_asked else silent_from(job, now if heard else None)
+    silent = silent_at is not None and now >= silent_at
+    if overdue or silent:
         tell_later(job.task_id, job.request, job.job_id)
-        state = last.state if last else job.record.seen or ""
-        raise ExternalJobOverdue(job.service.id, job.job_id, job.request.timeout_s, state)
-    raise wait_on(job, last, read=len(observations))
+        raise told_too_late(job, last.state if last else job.record.seen or "", silent=not overdue)
+    raise wait_on(job, last, read=len(observations), heard=heard, words=words, silent_at=silent_at)
+
+
+def silent_from(job: Job, heard_at: float | None) -> float | None:
+    """Return when the job is silent for too long; None where it may be. `heard_at`: it was, just now."""
+    if job.request.heartbeat_s is None:
+        return None
+    if heard_at is None:  # asked anew: a callback may have come since the record was read
+        told = store_client().hget(record_key(job.task_id), "heard_at")
+        heard_at = float(told) if told else job.record.submitted_at or job.record.submitting_at or redis_now()
+    return heard_at + job.request.heartbeat_s
+
+
+def told_too_late(job: Job, state: str, *, silent: bool) -> DagrelayError:
+    """Return the error of a job whose end was not told in time."""
+    if not job.started:
+        why = "it was not heard of since" if silent else "the time was over, and it was not heard of"
+        return SubmitUnknown(job.service.id, job.reference, why)
+    if silent:
+        return ExternalJobSilent(job.service.id, job.job_id, job.request.heartbeat_s or 0.0, state)
+    return ExternalJobOverdue(job.service.id, job.job_id, job.request.timeout_s, state)
 
 
 def meaning(job: Job, observation: Any) -> Observed | None:
@@ -404,7 +561,7 @@ def meaning(job: Job, observation: Any) -> Observed | None:
     seen = End.from_json(observation)
     if seen is not None:
         return Observed(seen.end, seen.state, "", seen.result, seen.words, seen.field)
-    return read_wake(rules_of(job.message), observation, job.service)
+    return read_wake(rules_of(job.message), said(observation)[1], job.service.masked)
 
 
 def look_once(job: Job) -> Observed:
@@ -419,19 +576,34 @@ def look_once(job: Job) -> Observed:
         return no_answer(exc.reason)
 
 
-def wait_on(job: Job, last: Observed | None, *, read: int) -> Exception:
-    """Park the task until there is something to read, or the deadline; return the exception to raise."""
+def wait_on(
+    job: Job,
+    last: Observed | None,
+    *,
+    read: int,
+    heard: bool = False,
+    words: str = "",
+    silent_at: float | None = None,
+) -> Exception:
+    """Park the task until there is something to read, or the deadline; return the exception to raise.
+
+    `words`: what was wrong with what was heard, where the service cannot be asked instead.
+    """
     now, since = redis_now(), job.record.waiting_since
     found = {"service": job.service.id}
+    if heard:
+        found["heard_at"] = f"{now:.6f}"
+    if words and not job.can_be_asked:
+        found["reason"] = short(words)
     if last is not None:
         found |= {"seen": last.state, "progress": last.progress, "errors": "0"}
     state = last.state if last else job.record.seen or ""
     parked = wait(
         job.task,
-        until=job.deadline,
+        until=job.deadline if silent_at is None else min(job.deadline, silent_at),
         what=f"job {(job.job_id or 'without an id')[:40]} of service {job.service.id[:20]}",
         read=read,
-        look=f"service:{job.service.id}",
+        look=f"service:{job.service.id}" if job.can_be_asked else "",
         look_in_s=rules_of(job.message).pause_s(now - since if since else 0.0),
         found=found,
     )
@@ -460,12 +632,10 @@ def trigger_then(job: Job, outcome: JobOutcome) -> str:
     try:
         request = TriggerRequest(**{**then, "conf": {**(then.get("conf") or {}), "job": about}})
     except InvalidRequest as exc:
-        raise ExternalJobUnreadable(
-            job.service.id, job.job_id, "then", job_answers.short(f"the run's {exc}")
-        ) from None
+        raise ExternalJobUnreadable(job.service.id, job.job_id, "then", short(f"the run's {exc}")) from None
     then_id = str(uuid.uuid5(_THEN_NAMESPACE, job.task_id))
     asked = Asked.from_message(job.message.get("asked"), otherwise_at=0.0)
-    by = job_answers.one_line(asked.by)
+    by = one_line(asked.by)
     asked = Asked(at=redis_now(), by=by)
     records().accept(item_of(request, task_id=then_id, asked=asked, trace=tracing.current()))
     return then_id
@@ -530,7 +700,8 @@ def tell_service(
         return
     try:
         with a_place_at(known):
-            told = tell(known, Call(**call), Find(**find) if find else None, task_id, job_id)
+            wanted = Publish(**call) if "message" in call else Call(**call)
+            told = tell(known, wanted, Find(**find) if find else None, task_id, job_id)
     except ServiceUnavailable as exc:
         if self.request.retries + 1 < TELL_TRIES:
             wait_s = backoff_s(self.request.retries, exc.retry_after_s, settings().retry_cap_s)
@@ -541,8 +712,15 @@ def tell_service(
     log.info("cancel told task_id=%s service=%s job_id=%s: %s", task_id, service, job_id, told)
 
 
-def tell(service: Service, call: Call, find: Find | None, task_id: str, job_id: str | None) -> str:
-    """Make the `on_cancel` request; return what became of it. Raises ServiceUnavailable, InvalidRequest."""
+def tell(service: Service, call: Call | Publish, find: Find | None, task_id: str, job_id: str | None) -> str:
+    """Make the `on_cancel` request, or publish its message; return what became of it.
+
+    Raises ServiceUnavailable, SubmitRejected, InvalidRequest.
+    """
+    if isinstance(call, Publish):
+        reference = reference_for(task_id)
+        publish(service, call.message, reference, f"{reference}.cancel")
+        return "it was published"
     if job_id is None and find is not None:
         job_id = look_up(service, find, task_id)
         if job_id is None:

@@ -14,13 +14,14 @@ from typing import Any, Final, cast
 from celery.utils.log import get_logger
 
 from producers.errors import DagrelayError
+from producers.stores.answers import Observed
 from producers.stores.waits import Claimed, Seen
 
 from . import metrics
 from .app import said
 from .http import NoAnswer, reset_after_fork
 from .http_many import ManySender, in_loop
-from .job_answers import End, Look, Observed, given_up, look_of, no_answer, read_look
+from .job_answers import End, Look, given_up, look_of, no_answer, read_look
 from .looks import SLACK_S, Done
 from .services import Service
 

@@ -276,7 +276,7 @@ def followers() -> list[Follower]:
                 from .job_looks import JobFollower
 
                 made: list[Follower] = [RunFollower(name) for name in settings().connections]
-                made += [JobFollower(service) for service in settings().services.values()]
+                made += [JobFollower(one) for one in settings().services.values() if one.queue is None]
                 _followers = made
     return _followers
 

@@ -13,6 +13,13 @@ authentication); in JSON also `headers` and `query`, sent with every request (`{
 `connect_timeout_s` (3.05), `read_timeout_s` (10), `verify` (false: do not verify TLS certificates), `ca_file`
 (the CA to trust).
 
+A service may also be a queue, for requests with ``via="queue"``::
+
+    DAGRELAY_SERVICE_RENDER={"url": "amqp://user:p%40ss@host/", "queue": "render", "reply_to": "done"}
+
+The url is one that `dagrelay listen` takes (`url_file` names a file that holds it), `queue` the place to
+which messages are published, `reply_to` what they say of where to answer.
+
 A message names a service, and only a worker knows where it is: no message points a worker at another host,
 and no message holds a credential.
 """
@@ -29,15 +36,18 @@ from functools import cached_property
 from typing import Any, Final
 from urllib.parse import SplitResult, quote, unquote, urlencode, urlsplit
 
-from producers.errors import ServiceNotConfigured
+from producers.errors import ConfigurationError, ServiceNotConfigured
+from producers.stores.callbacks import PATH as CALLBACK_PATH
 
 from .endpoints import (
+    UNREADABLE,
     URI,
     Extras,
     Mistake,
     Parts,
     base_url,
     credentials_problems,
+    file_reader,
     json_object,
     parts_of_uri,
     variables,
@@ -58,11 +68,20 @@ _SHORTEST_SECRET: Final = 4
 
 
 @dataclass(frozen=True)
+class Queue:
+    """Where the messages for a service go. The url may hold a password."""
+
+    url: str = field(repr=False)
+    name: str
+    reply_to: str | None = None
+
+
+@dataclass(frozen=True)
 class Service:
     """One outside service and the credentials for it. Secrets are not in its repr.
 
-    `base_url` has no credentials and no "/" at its end. `extra_headers` and `query` go with every request and
-    may hold secrets. Durations are in seconds.
+    `base_url` has no credentials and no "/" at its end; it is empty for a `queue`. `extra_headers` and
+    `query` go with every request and may hold secrets. Durations are in seconds.
     """
 
     id: str
@@ -79,6 +98,7 @@ class Service:
     read_timeout_s: float = READ_TIMEOUT_S
     verify: bool = True
     ca_file: str | None = None
+    queue: Queue | None = None
 
     @property
     def trusts(self) -> bool | str:
@@ -155,13 +175,16 @@ class Service:
         for secret in self._secrets:
             if secret in text:
                 text = text.replace(secret, "***")
-        return _TOKENS.sub(lambda found: f"{found[1] or found[2] or ''}***", text)
+        return _TOKENS.sub(lambda found: f"{found[1] or found[2] or found[3] or ''}***", text)
 
     @cached_property
     def _secrets(self) -> tuple[str, ...]:
         known = {self.password, self.token, *self.extra_headers.values(), *self.query.values()}
         if self.username:
             known.add(self._basic)
+        if self.queue is not None:
+            password = urlsplit(self.queue.url).password
+            known |= {password, unquote(password or "")}
         plain = {one for one in known if one and len(one) >= _SHORTEST_SECRET}
         spelt = plain | {quote(one, safe="") for one in plain} | {json.dumps(one)[1:-1] for one in plain}
         return tuple(sorted(spelt, key=len, reverse=True))
@@ -172,7 +195,8 @@ _TOKENS = re.compile(
     r"eyJ[\w-]{8,}\.[\w-]+(?:\.[\w-]*)?"
     r"|(\b(?:bearer|basic)\s+)[\w.~+/=-]{6,}"
     r"|((?:token|secret|passw(?:or)?d|api[_-]?key|access[_-]?key|authorization|credentials?)[\"']?\s*[:=]\s*[\"']?)"
-    r"(?!\*\*\*)[^\s\"',;&}<]+",
+    r"(?!\*\*\*)[^\s\"',;&}<]+"
+    rf"|({re.escape(CALLBACK_PATH)})[\w.~%-]+",
     re.IGNORECASE,
 )
 
@@ -203,7 +227,10 @@ def _service(service_id: str, value: str) -> Service:
     """Read one value. Raises Mistake with all that is wrong with it."""
     problems: list[str] = []
     as_json = value.startswith("{")
-    parts = _from_json(value) if as_json else _from_uri(value)
+    given = json_object(value) if as_json else {}
+    if "queue" in given:
+        return _queue_service(service_id, given)
+    parts = _from_json(given) if as_json else _from_uri(value)
     extras = Extras(parts.extras, problems)
     if as_json:
         parts.username, parts.password = extras.text("username"), extras.text("password")
@@ -246,8 +273,34 @@ def _from_uri(value: str) -> Parts:
     return parts_of_uri(value)
 
 
-def _from_json(value: str) -> Parts:
-    given = json_object(value)
+def _queue_service(service_id: str, given: dict[str, Any]) -> Service:
+    """Read a service that is a queue. Raises Mistake."""
+    problems: list[str] = []
+    extras = Extras(given, problems)
+    url, path = extras.text("url"), extras.text("url_file")
+    name, reply_to = extras.text("queue"), extras.text("reply_to")
+    if (url is None) == (path is None):
+        problems.append("has no url: give url or url_file, one of them")
+    elif path is not None:
+        url = file_reader(path)()
+    if not name:
+        problems.append("queue is empty: give the place to which messages are published")
+    extras.refuse_the_rest("")
+    if url is not None:
+        from producers.queues.sources import publisher_for  # here: most workers have no such service
+
+        try:
+            publisher_for(url)  # which does not connect yet
+        except ConfigurationError as exc:
+            problems += exc.mistakes
+        except ValueError:  # its text may show a part of the password
+            problems.append(f"the url {UNREADABLE}")
+    if problems or url is None or not name:
+        raise Mistake(*problems)
+    return Service(service_id, base_url="", queue=Queue(url, name, reply_to))
+
+
+def _from_json(given: dict[str, Any]) -> Parts:
     url = given.pop("url", None)
     if not isinstance(url, str) or not url.startswith(("http://", "https://")):
         raise Mistake("has no url: give http://… or https://…")

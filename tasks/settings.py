@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from producers.errors import ConfigurationError
+from producers.stores.callbacks import SECRET, Secrets, read_secrets
 
 from .airflow.connections import AirflowConnection, read_connections
 from .hooks import Hook, read_hooks
@@ -25,6 +27,9 @@ class WorkerSettings:
     connections: Mapping[str, AirflowConnection]
     services: Mapping[str, Service] = field(default_factory=dict)
     hooks: Mapping[str, Hook] = field(default_factory=dict)
+    callback_url: str | None = None
+    """Where services reach a gateway of ours, from outside: without "/" at its end."""
+    callback_secrets: Secrets = Secrets()  # noqa: RUF009 - frozen
     concurrency: int = 16
     visibility_timeout_s: float = 30.0
     slots: bool = True
@@ -57,8 +62,8 @@ class WorkerSettings:
         *(5, 30, 120, 600, 1800, 3600),
         *(2 * 3600, 3 * 3600, 4 * 3600, 6 * 3600, 8 * 3600),
     )
-    """The pauses between the attempts to tell a hook: about a day in all, so that a receiver that is away for
-    a night still hears of what ended. They grow by a fifth at random."""
+    """The pauses between the attempts to tell a hook: about a day in all, so that a receiver that is away for a
+    night still hears of what ended. They grow by a fifth at random."""
     dead_keep_s: int = 14 * 86_400
     """How long a dead letter is kept."""
     dead_max: int = 100_000
@@ -148,6 +153,25 @@ def _metrics(environ: Mapping[str, str], mistakes: list[str]) -> tuple[range, st
     return range(first, last + 1), host
 
 
+def _callback_url(environ: Mapping[str, str], secrets: Secrets, mistakes: list[str]) -> str | None:
+    url = environ.get("DAGRELAY_CALLBACK_URL", "").rstrip("/")
+    if not url:
+        return None
+    try:
+        parts = urlsplit(url)
+        wrong = parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc
+    except ValueError:
+        wrong = True
+    if wrong or not url.isprintable() or set(url) & set(" ?#\\"):
+        mistakes.append(
+            "DAGRELAY_CALLBACK_URL is no plain http:// or https:// URL: give the gateway's address as "
+            "services see it, e.g. https://dagrelay.example.org"
+        )
+    elif not secrets:
+        mistakes.append(f"DAGRELAY_CALLBACK_URL is set without {SECRET}: openssl rand -hex 32 makes one")
+    return url
+
+
 def read_settings(environ: Mapping[str, str]) -> WorkerSettings:
     """Return the settings. Raises ConfigurationError with every mistake at once, by the variable's name."""
     mistakes: list[str] = []
@@ -167,6 +191,8 @@ def read_settings(environ: Mapping[str, str]) -> WorkerSettings:
     fetch = environ.get("DAGRELAY_FETCH", "moved")
     if fetch not in ("moved", "stock"):
         mistakes.append(f"DAGRELAY_FETCH is {fetch[:20]!r}: give moved or stock")
+    callback_secrets = read_secrets(environ, mistakes)
+    callback_url = _callback_url(environ, callback_secrets, mistakes)
     metrics_ports, metrics_host = _metrics(environ, mistakes)
     settings = WorkerSettings(
         slots=environ.get("DAGRELAY_SLOTS") != "off",
@@ -174,6 +200,8 @@ def read_settings(environ: Mapping[str, str]) -> WorkerSettings:
         redis_url=redis_url,
         connections=connections,
         services=services,
+        callback_url=callback_url,
+        callback_secrets=callback_secrets,
         hooks=hooks,
         delivery_pauses_s=_pauses(environ, mistakes),
         concurrency=int(_number(environ, "DAGRELAY_WORKER_CONCURRENCY", 16, 1, 512, mistakes)),

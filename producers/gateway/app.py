@@ -19,7 +19,7 @@ from ..client import RelayClient
 from ..errors import ConfigurationError, DagrelayError
 from ..keys import Keys
 from ..routing import Rules, load_rules
-from . import events, health, hooks, runs, schemas, tasks
+from . import callbacks, events, health, hooks, runs, schemas, tasks
 from .access import AccessLog
 from .base import Gateway, Problem, answer_to
 from .front import Front
@@ -45,6 +45,7 @@ def create_app(gateway: Gateway) -> FastAPI:
         runs.router(),
         events.router(),
         hooks.router(),
+        callbacks.router(),
         tasks.router(streams),
         health.router(),
     ):
@@ -81,7 +82,7 @@ def gateway_of_settings(settings: GatewaySettings) -> Gateway:
             rules = load_rules(settings.rules_file)
         except ConfigurationError as exc:
             mistakes += exc.mistakes
-    mistakes += hooks.mistakes_of(settings)
+    mistakes += hooks.mistakes_of(settings) + callbacks.mistakes_of(settings)
     if mistakes:
         raise ConfigurationError(*mistakes)
     return Gateway(RelayClient(settings.producer), settings, rules, keys)

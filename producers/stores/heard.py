@@ -11,9 +11,18 @@ from typing import Any, Final
 _SAID: Final = "said"
 
 
-def heard(value: Any) -> dict[str, Any]:
-    """Return what was said, as an observation: for `RelayClient.wake`, from every door."""
-    return {_SAID: value}
+class Heard(dict[str, Any]):
+    """What `heard` has made in this process; JSON never is one, whatever its keys are."""
+
+
+def heard(value: Any) -> Heard | None:
+    """Return what was said, as an observation: every door does so, and twice is once.
+
+    None stays None: go and look.
+    """
+    if value is None or isinstance(value, Heard):
+        return value
+    return Heard({_SAID: value})
 
 
 def said(observation: Any) -> tuple[bool, Any]:

@@ -22,7 +22,8 @@ from tests.parts import need
 ROOT = Path(__file__).resolve().parents[2]
 OURS = {"producers", "tasks", "celeryconfig", "flowerconfig", "local", "benchmarks", "tests"}
 HTTP_LIBRARIES = ("requests", "urllib3", "httpx", "aiohttp", "http.client", "urllib.request")
-WORKER_MAY_USE = ("producers.contract", "producers.errors", "producers.stores")
+# The queues: the way to services that are one (`tasks/asking_queues.py`).
+WORKER_MAY_USE = ("producers.contract", "producers.errors", "producers.stores", "producers.queues")
 
 # Split, so that this file does not hold what it forbids.
 REGISTRY_HOSTS = [
@@ -123,7 +124,7 @@ def test_producers_import_themselves_relatively():
     assert not wrong
 
 
-def test_the_worker_uses_only_contract_errors_and_stores_of_producers():
+def test_the_worker_uses_only_contract_errors_stores_and_queues_of_producers():
     wrong = [
         said(path, line, module)
         for path in python_files("tasks")

@@ -199,7 +199,7 @@ def test_every_argument_of_the_poll_stub_reaches_the_request():
         "body": {"id": "{job_id}"},
         "headers": {"X-Team": "a"},
         "query": {"full": "1"},
-        "submit": {"path": "/jobs?ref={reference}", "body": {"n": 1}, "job_id": "job.id"},
+        "submit": {"path": "/jobs?ref={reference}", "body": {"to": "{callback_url}"}, "job_id": "job.id"},
         "submit_once": True,
         "find": {"path": "/jobs?ref={reference}", "job_id": "jobs[0].id"},
         "state": "job.state",
@@ -214,6 +214,7 @@ def test_every_argument_of_the_poll_stub_reaches_the_request():
         "max_interval_s": 20.0,
         "jitter": 0.2,
         "timeout_s": 60.0,
+        "heartbeat_s": 20.0,
         "max_errors": 3,
         "then": {"dag_id": "report", "conf": {"a": 1}},
         "on_cancel": {"path": "/jobs/{job_id}", "method": "DELETE"},
@@ -224,7 +225,7 @@ def test_every_argument_of_the_poll_stub_reaches_the_request():
     sent = poll_external_job.request("train", **given).to_message()
 
     assert sent == {"v": 1, "service": "train", **given}
-    assert set(given) | {"service", "url", "job_id"} == set(PollRequest.model_fields)
+    assert set(given) | {"service", "url", "job_id", "via", "message"} == set(PollRequest.model_fields)
 
 
 @pytest.mark.parametrize("call", ["delay", "apply_async", "s", "si", "adelay"])
