@@ -71,7 +71,7 @@ async def _take_batch(gateway: Gateway, key: Key, body: bytes, trace: dict[str, 
     if not isinstance(events, list):
         raise InvalidRequest("body: a batch is a JSON array of events")
     if len(events) > MOST_EVENTS:
-        raise Problem(413, f"body: a batch has at most {MOST_EVENTS} events; send several of them")
+        raise InvalidRequest(f"body: a batch has at most {MOST_EVENTS} events; send several of them")
     items, wrong, status = [], [], 403
     for index, event in enumerate(events):
         try:

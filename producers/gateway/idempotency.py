@@ -23,7 +23,7 @@ from .base import Problem, gateway_of
 MOST_CHARACTERS: Final = 200
 
 # A string of RFC 8941, section 3.3.3; or, as most senders write it, its characters alone.
-_QUOTED = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"[ \t]*(?:;[ -~]*)?')
+_QUOTED = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')
 _PLAIN = re.compile(r"[!#-+\--:<-\[\]-~]+")
 
 MALFORMED: Final = (

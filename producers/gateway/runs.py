@@ -234,6 +234,8 @@ def _requests(key: Key, body: bytes) -> Iterator[TriggerRequest]:
         else:
             if not wrong:
                 yield request
+    if not count:
+        raise InvalidRequest('body: holds no line: send one such as {"dag_id": "daily_sales"} for each run')
     if wrong:
         detail = f"line {wrong[0]['line']}: {wrong[0]['detail']}"
         raise Problem(status, f"{detail}; nothing was taken, `errors` has the wrong lines", errors=wrong)

@@ -75,9 +75,12 @@ def _json(description: str, name: str, **more: Any) -> dict[str, Any]:
 _IDEMPOTENCY_KEY: Final = {
     "name": "Idempotency-Key",
     "in": "header",
-    "description": "One string in double quotes: sent again with it, a request is the same one, "
-    "for 14 days after its end.",
-    "schema": {"type": "string", "pattern": '^"[A-Za-z0-9_.~:+-]{1,200}"$'},
+    "description": "One string in double quotes, which may be left out: sent again with it, a request is the "
+    "same one, for 14 days after its end.",
+    "schema": {
+        "type": "string",
+        "pattern": r'^("([ !#-\[\]-~]|\\["\\]){1,200}"|[!#-+\--:<-\[\]-~]{1,200})$',
+    },
     "example": '"8e03978e-40d5-43dd-bc93-6894a57f9324"',
 }
 _LOCATION: Final = {
@@ -125,7 +128,7 @@ POST_FAN_OUT: Final = _route(
     body={
         "required": True,
         "description": "A trigger's fields as one JSON object on each line; at most 50,000",
-        "content": {"application/x-ndjson": {"schema": {"type": "string"}}},
+        "content": {"application/x-ndjson": {"schema": {"type": "string", "minLength": 2}}},
     },
 )
 POST_EVENTS: Final = _route(
@@ -222,6 +225,9 @@ def describe(app: FastAPI) -> dict[str, Any]:
     # FastAPI's own words for a wrong parameter: here they are a Problem, as all others.
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
+    for operation in (one for path in found["paths"].values() for one in path.values()):
+        if "HTTPValidationError" in str(operation["responses"].get("422")):
+            del operation["responses"]["422"]
     parts["schemas"] = schemas
     return found
 
