@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from redis import Redis
 from standardwebhooks import Webhook as Official
 
 from local.process import Process, clean_env, free_port
@@ -25,6 +26,7 @@ from producers.client import RelayClient
 from producers.contract import PollRequest
 from producers.queues.message import MAX_MESSAGE_BYTES
 from producers.settings import ProducerSettings
+from producers.stores.waits import Waits
 from tests.fake_airflow import FakeAirflow
 from tests.fake_service import FakeService
 from tests.integration.test_trigger import until
@@ -33,6 +35,7 @@ from tests.worker import ROOT, Worker
 pytestmark = pytest.mark.integration
 
 DAGRELAY = ROOT / ".venv" / "bin" / "dagrelay"
+USERS = ROOT / "deploy/redis/users.acl"
 
 SECRET = "whsec_" + base64.b64encode(b"the first key of the shop's own").decode()
 NEWER = "whsec_" + base64.b64encode(b"another key of the shop's own.").decode()
@@ -332,6 +335,25 @@ def test_a_wake_reaches_the_task_that_waits(
             assert handle.get(timeout=10).result == 42
             assert gateway.post("render", standard(body), body).json() == {"woken": 0, "repeated": True}
             assert not service.looks
+
+
+def test_a_producers_rights_in_redis_are_enough(settings: dict[str, str], tmp_path: Path) -> None:
+    """A gateway logs in to Redis as any other producer: `deploy/redis/users.acl`."""
+    (line,) = [one for one in USERS.read_text().splitlines() if one.startswith("user producer ")]
+    wake = json.dumps({"data": {"id": "7"}}).encode()
+    with Valkey() as valkey, Redis.from_url(valkey.url, decode_responses=True) as admin:
+        admin.execute_command("ACL", "SETUSER", *line.replace("CHANGE-producer", "pass").split()[1:])
+        gateway = Gateway(valkey.url.replace("redis://", "redis://producer:pass@"), tmp_path, **settings)
+        try:
+            gateway.start()
+            assert gateway.post("shop", standard(shop()), shop()).status == 202
+            waits = Waits(RelayClient(ProducerSettings(redis_url=valkey.url, client_name="x")).redis)
+            waits.register("t1", ["render/7"], 60.0)
+            answers = [gateway.post("render", standard(wake), wake).json() for _ in range(2)]
+            assert answers == [{"woken": 1, "repeated": False}, {"woken": 0, "repeated": True}]
+            assert [one["reason"] + one["object"] for one in admin.acl_log()] == []
+        finally:
+            gateway.stop()
 
 
 def test_while_redis_is_away_nothing_is_answered_yes(settings: dict[str, str], tmp_path: Path) -> None:
