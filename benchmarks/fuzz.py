@@ -19,16 +19,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from producers.client import RelayClient
+from producers.client import RelayClient, check_observation
 from producers.contract import PollRequest, TriggerRequest
 from producers.door import Door
 from producers.errors import InvalidRequest
 from producers.gateway.idempotency import parsed
 from producers.queues.listener import said_by
-from producers.queues.message import MAX_REASON_LENGTH, Envelope, Incoming, event_of, read
+from producers.queues.message import MAX_REASON_LENGTH, Envelope, Incoming, event_of, json_value, read
 from producers.routing import read_rules
 from producers.settings import ProducerSettings
 from producers.socket_listener import LineReader, LineTooLong
+from producers.stores.answers import progress_in, read_wake, rules_of
+from producers.stores.callbacks import Secrets
+from producers.stores.heard import heard
 from producers.webhooks import OutOfTime, SignatureRefused, delivery_of, read_webhooks, verify, wake_key
 
 from ._report import Bound, report, say
@@ -370,6 +373,29 @@ def routed(message: Incoming) -> None:
         RULES.order(event)
 
 
+CALLED_BACK: Final = rules_of(
+    {"state": "data.kind", "progress": "data.total", "result": "data", "reason": "conf.day"}
+)
+SECRETS: Final = Secrets((b"s" * 32,))
+
+
+def called_back(body: bytes) -> None:
+    """Read what a service says of its job."""
+    value = json_value(body)
+    check_observation(value)
+    read_wake(CALLED_BACK, value, lambda text: text)
+    progress_in(CALLED_BACK, value)
+    heard(value)
+
+
+def token(inputs: Inputs) -> str:
+    """Return a token of a callback in which something may be wrong."""
+    r = inputs.random
+    given = SECRETS.token(r.choice(("a", "task-1", "ü")), r.choice((0.0, 2e9)))
+    at = r.randrange(len(given) + 1)
+    return given if r.random() < 0.1 else given[:at] + inputs.text() + given[at + r.randrange(3) :]
+
+
 def lines(pieces: list[bytes]) -> None:
     """Read lines in pieces: what goes in comes out, cut at its line ends."""
     reader, limit = LineReader(), 300
@@ -411,6 +437,8 @@ def parsers() -> dict[str, Parser]:
             (SignatureRefused, OutOfTime, InvalidRequest),
         ),
         "webhook_read": Parser(signed, delivered),
+        "callback": Parser(Inputs.body, called_back),
+        "callback_token": Parser(token, lambda one: SECRETS.task_of(one, 1.7e9)),
         "idempotency_key": Parser(Inputs.text, parsed),
     }
 
