@@ -24,7 +24,7 @@ from producers.contract import QUEUE_TRIGGERS
 
 from ._report import say
 
-MESSAGES = 60_000
+MESSAGES = 100_000
 KILL_EVERY_S = 5.0
 CLAIM_AFTER_S = 1.0
 CAP_S = 120.0

@@ -8,6 +8,8 @@ group           the consumer group, shared by all listeners. Default ``dagrelay`
 claim_after_s   how long another listener has a message before it is taken for dead. Default 60
 delete          ``yes`` takes an accepted entry off the stream. Default ``no``: the stream's owner trims it
 dead            the stream of what was refused. Default ``<stream>.dead``
+name            the same for all listeners of the stream; host, port, database and stream if left out. Give
+                it where listeners reach one Redis under several names: ids are unique within it
 =============== =============================================================================================
 
 An entry's field `data` holds the body. `id`, `content_type`, `reply_to` and `correlation_id` are the
@@ -40,7 +42,7 @@ from ..stores.records import Script
 from .message import Incoming
 from .source import Received, SourceUnavailable, Undeliverable
 
-OPTIONS: Final = ("stream", "group", "claim_after_s", "delete", "dead")
+OPTIONS: Final = ("stream", "group", "claim_after_s", "delete", "dead", "name")
 MOST_ANSWERS: Final = 100_000
 """Kept in a stream of answers: a sender that reads no more does not fill its Redis."""
 
@@ -134,6 +136,8 @@ class RedisStreams:
             mistakes.append("the source's URL: claim_after_s is a number of seconds, 0.1 to 86400")
         if told.get("delete", "no") not in ("yes", "no"):
             mistakes.append("the source's URL: delete is yes or no")
+        if len(told) + len(others) != len(pairs):
+            mistakes.append("the source's URL gives an option twice")
         if mistakes:
             raise ConfigurationError(*mistakes)
         try:
@@ -151,9 +155,10 @@ class RedisStreams:
         where = pool.connection_kwargs
         address = where.get("path") or f"{where.get('host', 'localhost')}:{where.get('port', 6379)}"
         stream = told.get("stream", "")
+        name = told.get("name") or f"{address}/{where.get('db', 0)}:{stream}"
         return cls(
             Redis(connection_pool=pool),
-            f"redis:{address}/{where.get('db', 0)}:{stream}",
+            f"redis:{name}",
             stream,
             group=told.get("group") or "dagrelay",
             claim_after_s=claim_after_s or 0.0,
@@ -219,9 +224,9 @@ class RedisStreams:
             if not self._delete:
                 self._client.xack(self._stream, self._group, *ids)
                 return
-            with self._client.pipeline(transaction=True) as pipe:
+            with self._client.pipeline(transaction=False) as pipe:
+                pipe.xdel(self._stream, *ids)  # first: what is pending without an entry is found
                 pipe.xack(self._stream, self._group, *ids)
-                pipe.xdel(self._stream, *ids)
                 pipe.execute()
 
     def refuse(self, received: Received, reason: str) -> None:

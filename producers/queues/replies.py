@@ -151,9 +151,9 @@ class Replies:
                 told.append(entry)
         finally:
             if told:
-                with self._redis.pipeline(transaction=True) as pipe:
+                with self._redis.pipeline(transaction=False) as pipe:
+                    pipe.xdel(self._key, *told)  # first: what is pending without an entry is found
                     pipe.xack(self._key, GROUP, *told)
-                    pipe.xdel(self._key, *told)
                     pipe.execute()
 
     def _next(self) -> list[tuple[bytes, dict[bytes, bytes] | None]]:

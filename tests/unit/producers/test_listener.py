@@ -264,6 +264,7 @@ def test_an_answer_says_only_what_is_known():
         ("redis://:geheim@h:6379/0?stream=s&decode_responses=1", "unknown options"),
         ("redis://:geheim@h:6379/0?stream=s&claim_after_s=nan", "claim_after_s"),
         ("redis://:geheim@h:6379/0?stream=s&delete=perhaps", "delete is yes or no"),
+        ("redis://:geheim@h:6379/0?stream=s&stream=t", "twice"),
         ("redis://:geheim@h:x/0?stream=s", "no Redis URL"),
         ("redis://:geheim@[h/0?stream=s", "no Redis URL"),
         ("redis://:geheim@h:6379/0?stream=s&ssl_whatever=1", "cannot be used"),
@@ -286,6 +287,7 @@ def test_a_source_is_named_without_a_secret_and_apart_from_all_others():
             "redis://other:6379/0?stream=s",
             "redis://h:6379/0?stream=t",
             "unix:///tmp/redis.sock?stream=s",
+            "redis://10.0.0.1:6379/0?stream=s&name=orders",
         )
     }
     assert names == {
@@ -294,6 +296,7 @@ def test_a_source_is_named_without_a_secret_and_apart_from_all_others():
         "redis:other:6379/0:s",
         "redis:h:6379/0:t",
         "redis:/tmp/redis.sock/0:s",
+        "redis:orders",
     }
 
 
