@@ -7,6 +7,7 @@ import logging
 import signal
 import ssl
 import sys
+from asyncio import sslproto
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from .exits import told
 from .keys import Keys
 from .queues.message import MAX_MESSAGE_BYTES
 from .routing import load_rules
+
+TLS_BUFFER_BYTES = 32 * 1024
 
 _FILE = click.Path(path_type=Path)
 
@@ -152,6 +155,8 @@ def socket(
 
 
 async def _serve(door: Any, grace_s: float) -> None:
+    # Of this process alone: asyncio keeps a buffer of 256 KB for each TLS connection, and a record has 16.
+    sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -452,7 +452,7 @@ class _Connection(asyncio.Protocol):
         self._work = self._loop.create_task(self._begin_tls(self._door.tls))
 
     def data_received(self, data: bytes) -> None:
-        if self._state != "open":
+        if self._state not in ("new", "open"):  # over TLS a line may come before `start_tls` returns
             self._thrown_away += len(data)
             if self._thrown_away > LINGER_BYTES:
                 self.abort()

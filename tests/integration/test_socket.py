@@ -392,6 +392,27 @@ def test_over_tls(start, relay, tmp_path):
     assert relay.redis.llen(QUEUE_TRIGGERS) == 501
 
 
+def test_a_line_may_come_with_the_end_of_the_handshake(start):
+    door = start("--certfile", str(TLS / "cert.pem"), "--keyfile", str(TLS / "key.pem"))
+    context = ssl.create_default_context(cafile=str(TLS / "cert.pem"))
+    coming, going = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(coming, going, server_hostname="localhost")
+    with socket.create_connection(("127.0.0.1", door.port), timeout=20) as connection:
+
+        def until_done(step: Callable[[], Any]) -> Any:
+            while True:
+                try:
+                    return step()
+                except ssl.SSLWantReadError:
+                    connection.sendall(going.read())
+                    coming.write(connection.recv(65536))
+
+        until_done(tls.do_handshake)
+        tls.write(b'{"dag_id": "d"}\n')
+        connection.sendall(going.read())  # the last of the handshake and the line, in one piece
+        assert until_done(lambda: tls.read(100)).startswith(b"OK ")
+
+
 def test_who_begins_no_tls_is_let_go(here):
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(TLS / "cert.pem", TLS / "key.pem")
