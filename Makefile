@@ -57,7 +57,7 @@ flower: $(READY)  ## Flower, here in the foreground
 airflow: $(READY)  ## a real Airflow for development, here in the foreground ([VERSION=3|2] [PORT=8080])
 	@exec $(PY) -m local.airflow --version $(VERSION) $(if $(PORT),--port $(PORT))
 
-listen: $(READY)  ## take requests from a queue, in the foreground (DAGRELAY_LISTEN_URL [ARGS='--routes rules.toml'])
+listen: $(READY)  ## take requests from a queue, in the foreground (DAGRELAY_LISTEN_URL [ARGS='--rules rules.toml'])
 	@$(REDIS) exec $(VENV)/bin/dagrelay listen $(ARGS)
 
 trigger: $(READY)  ## start a run: DAG=daily_sales [CONF='{"region": "north"}'] [KEY=…]

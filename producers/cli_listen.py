@@ -6,6 +6,8 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -80,19 +82,28 @@ def listen(
     names: there a password is not seen in the list of processes. DAGRELAY_REDIS_URL is the Redis of the
     workers.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    url = source_url or _url_of_environment()
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("dagrelay").setLevel(logging.INFO)  # the brokers' clients tell more than one wants
+    mistakes: list[str] = []
+    with _gathered(mistakes):
+        relay = RelayClient(read_settings())
+    with _gathered(mistakes):
+        url = source_url or _url_of_environment()
+        source = source_for(url)
+    with _gathered(mistakes):
+        rules = load_rules(routes) if routes is not None else None
+    if mistakes:
+        raise ConfigurationError(*mistakes)
     if source_url and _holds_password(source_url):
         log.warning(
             "the password is in the list of processes: use DAGRELAY_LISTEN_URL or DAGRELAY_LISTEN_URL_FILE"
         )
-    relay = RelayClient(read_settings())
     listener = Listener(
-        source_for(url),
+        source,
         relay,
         publisher=None if answers else publisher_for(url),
         scope=Scope(_listed(dags), _listed(connections.lower()), _listed(services.lower())),
-        routes=load_rules(routes) if routes is not None else None,
+        routes=rules,
         reply_to=_listed(reply_to),
         max_deliveries=max_deliveries,
         prefetch=prefetch,
@@ -102,6 +113,15 @@ def listen(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     listener.run(stop)
+
+
+@contextmanager
+def _gathered(mistakes: list[str]) -> Iterator[None]:
+    """Note what is wrong, so that all of it is told at once."""
+    try:
+        yield
+    except ConfigurationError as exc:
+        mistakes += exc.mistakes
 
 
 def _url_of_environment() -> str:

@@ -557,9 +557,17 @@ def _whole(redis: Redis, key: str) -> list[str]:
 
 
 def test_a_wrong_source_is_told_before_anything_is_begun(start, tmp_path):
-    process = start(url="redis://:geheim@127.0.0.1:1/0?strem=x&claim_after_s=soon")
+    rules = tmp_path / "rules.toml"
+    process = start(
+        "--rules",
+        str(rules),
+        url="redis://:geheim@127.0.0.1:1/0?strem=x&claim_after_s=soon",
+        DAGRELAY_REDIS_URL="",
+    )
     assert process.wait(20) == 78
     text = log_of(tmp_path)
+    assert "DAGRELAY_REDIS_URL is not set" in text
+    assert "rules.toml" in text
     assert "unknown options ['strem']" in text
     assert "names no stream" in text
     assert "claim_after_s is a number" in text
