@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import random
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from producers.stores.records import Record
 from producers.stores.signing import sign_github, sign_standard
 
 from . import metrics
-from .again import backoff_s, leave_newer, redis_now
+from .again import leave_newer, redis_now
 from .app import RelayTask, app, records, store_client
 from .hooks import PLACES, Hook, hook_sender
 from .http import HttpRequest, HttpResponse, NoAnswer, retry_after_s
@@ -51,8 +52,7 @@ MOST_TOLD: Final = 1000
 MAX_RUN_BYTES: Final = 8192
 
 PLACE_WAIT_S: Final = 0.05
-PLACE_CAP_S: Final = 60.0
-"""Long, for thousands that wait for a slow receiver: each look at whether there is a place costs a task."""
+MAX_PLACE_WAIT_S: Final = 300.0
 
 # Of the ids of deliveries. Never to change: one that is sent again would be another to its receiver.
 _DELIVERIES = uuid.UUID("7d1c1f0a-52c3-5c58-9a5e-1f7b6f0f3a44")
@@ -80,7 +80,11 @@ class Failed(Exception):
 
 
 class NoPlace(Exception):
-    """As many deliveries to the hook are on their way as one process may have."""
+    """As many deliveries to a hook are on their way as one process may have. `wait_s`: when to come again."""
+
+    def __init__(self, wait_s: float) -> None:
+        super().__init__(wait_s)
+        self.wait_s = wait_s
 
 
 @app.task(name=SEND_WEBHOOK, bind=True, base=WebhookTask, ignore_result=True)
@@ -97,10 +101,10 @@ def send_webhook(
     if known is None:
         raise given_up(found, hook, tried, HookNotConfigured(hook))
     try:
-        with a_place_at(known):
+        with places_at(known).one():
             status = deliver(known, found, at=redis_now())
     except NoPlace as exc:
-        raise self.retry(countdown=0.2 + backoff_s(self.request.retries, cap_s=PLACE_CAP_S)) from exc
+        raise self.retry(countdown=0.05 + exc.wait_s) from exc
     except Failed as exc:
         tried = [*tried, (round(redis_now(), 3), exc.reason)]
         pauses_s = settings().delivery_pauses_s
@@ -118,25 +122,54 @@ def send_webhook(
     )
 
 
-@contextmanager
-def a_place_at(hook: Hook) -> Iterator[None]:
-    """Hold one of the places that deliveries to a hook may take: a quarter of the worker's threads.
+class Places:
+    """The places that deliveries to one hook may take in this process: a quarter of the worker's threads.
 
-    So a frozen receiver leaves threads for all others. Raises NoPlace.
+    So a frozen receiver leaves threads for all others. Those that find none are told when to come again, one
+    after the other as fast as places have become free of late: each of thousands that wait for a slow
+    receiver is a task once more, and not again and again.
     """
-    places = _places.get(hook.id)
-    if places is None:
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._free = threading.BoundedSemaphore(size)
+        self._lock = threading.Lock()
+        self._took_s = 0.1
+        self._next_at = 0.0
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Hold a place. Raises NoPlace."""
+        if not self._free.acquire(timeout=PLACE_WAIT_S):
+            raise NoPlace(self._wait_s())
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._free.release()
+            with self._lock:
+                self._took_s += 0.2 * (time.monotonic() - began - self._took_s)
+
+    def _wait_s(self) -> float:
+        now = time.monotonic()
+        with self._lock:
+            last = now + MAX_PLACE_WAIT_S
+            self._next_at = min(max(now, self._next_at) + self._took_s / self._size, last)
+            # At the limit they would all come at once.
+            wait_s = self._next_at - now
+            return wait_s if self._next_at < last else random.uniform(0.5, 1.0) * wait_s  # noqa: S311
+
+
+_places: dict[str, Places] = {}
+
+
+def places_at(hook: Hook) -> Places:
+    """Return the places of a hook."""
+    found = _places.get(hook.id)
+    if found is None:
         size = max(1, min(PLACES, settings().concurrency // 4))
-        places = _places.setdefault(hook.id, threading.BoundedSemaphore(size))
-    if not places.acquire(timeout=PLACE_WAIT_S):
-        raise NoPlace
-    try:
-        yield
-    finally:
-        places.release()
-
-
-_places: dict[str, threading.BoundedSemaphore] = {}
+        found = _places.setdefault(hook.id, Places(size))
+    return found
 
 
 # One attempt

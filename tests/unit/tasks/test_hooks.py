@@ -13,7 +13,7 @@ from producers.stores.records import Record
 from tasks.hooks import Hook, hook_sender, read_hooks
 from tasks.results import _whom_to_tell
 from tasks.settings import WorkerSettings, read_settings
-from tasks.webhooks import MAX_RUN_BYTES, WebhookTask, delivery, told_of
+from tasks.webhooks import MAX_PLACE_WAIT_S, MAX_RUN_BYTES, NoPlace, Places, WebhookTask, delivery, told_of
 
 CANARY = "c4n4ry-s3cret-of-a-test"
 SECRET = "whsec_" + base64.b64encode(b"a key of 24 bytes or more").decode()
@@ -138,6 +138,30 @@ def test_the_id_of_a_delivery_is_the_same_on_each_attempt_and_another_for_each_h
         id_of(hook(), replace(ENDED, task_id="t2"), 1.0),
     }
     assert len({first, *others}) == 4
+
+
+def test_those_that_find_no_place_come_again_one_after_the_other():
+    places = Places(2)
+    waits = []
+    with places.one(), places.one():
+        for _ in range(5):
+            with pytest.raises(NoPlace) as raised, places.one():
+                pass
+            waits.append(raised.value.wait_s)
+    # A place took 0.1 s, and there are two: one every 0.05 s, which is what each attempt here took.
+    assert all(0 < wait_s < 1 for wait_s in waits)
+    with places.one():
+        pass  # and it is free again
+
+
+def test_thousands_that_wait_for_a_frozen_receiver_do_not_all_come_at_once():
+    places = Places(1)
+    places._took_s = 15.0
+    waits = [places._wait_s() for _ in range(1000)]
+    assert waits[0] == pytest.approx(15, abs=1)
+    assert waits[:10] == sorted(waits[:10])
+    assert max(waits) <= MAX_PLACE_WAIT_S
+    assert len({round(wait_s) for wait_s in waits[100:]}) > 50
 
 
 def test_nothing_but_names_is_shown_of_a_message():
