@@ -168,9 +168,7 @@ def measure() -> dict[str, Any]:
         }
         try:
             for name, server in servers.items():
-                server.wait_until(
-                    lambda port=ports[name]: _answers(port, "/livez"), timeout_s=30, what="answering"
-                )
+                server.wait_until(partial(_answers, ports[name], "/livez"), timeout_s=30, what="answering")
             say(f"http: {ROUNDS} rounds of {SECONDS:g} s each, over {CONNECTIONS} connections")
 
             def per_second(port: int) -> float:
