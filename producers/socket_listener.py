@@ -15,7 +15,8 @@ Lines may be sent without waiting for answers (pipelined). A line that begins ot
 ends the connection: so no web page can have a browser post to this door, the lines before its body do that.
 So does a line that is too long or takes too long; one that is only wrong does not. Whoever does not read the
 answers is not read from. What has no answer when a connection breaks may or may not have been taken: send it
-again with the same `id` or `key`, and it is one run.
+again with the same `id` or `key`, and it is one run. A sender may close its half when it has sent all, and
+then read the answers; over TLS, which knows no such half, it keeps the connection open until it has them.
 
 `SocketDoor` runs as a process (``dagrelay socket``) and in a thread of somebody else's (`start`, `stop`).
 """
