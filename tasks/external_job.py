@@ -99,7 +99,7 @@ class PollTask(RelayTask):
         found = records().get(request.id)
         if found is None or found.ended or not (found.job_id or found.submitting_at):
             return
-        if not found.job_id:
+        if not found.job_id and not found.submitted_at:
             request.request_dict["unsure"] = True
         try:
             told = PollRequest.from_message(with_body(tuple(request.args or ()), request.kwargs))

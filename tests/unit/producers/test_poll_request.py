@@ -25,6 +25,8 @@ GOOD: dict[str, Any] = {"service": "train", "path": "/jobs/{job_id}", "job_id": 
 SUBMIT = {"path": "/jobs", "body": {"ref": "{reference}"}}
 SUBMITTED: dict[str, Any] = {"service": "train", "path": "/jobs/{job_id}", "submit": SUBMIT}
 
+QUEUE: dict[str, Any] = {"via": "queue", "message": {"a": 1}, "path": None, "job_id": None}
+
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("no service", {"service": None}, "service: "),
     ("a service that is an address", {"service": "http://evil"}, "service: is no connection id"),
@@ -77,6 +79,21 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         {"then": {"dag_id": "d", "conf": {"job": 1}}},
         "then: its conf has the key 'job'",
     ),
+    ("a heartbeat that nobody gives", {"heartbeat_s": 5}, "heartbeat_s: needs {callback_url} in submit"),
+    ("a callback in the look", {"body": {"a": "{callback_url}"}}, "body: has {callback_url}, which only"),
+    ("a callback in the path", {"path": "/x?to={callback_url}"}, "path: has a placeholder"),
+    ("a message over HTTP", {"message": {"a": 1}}, "message: needs via='queue'"),
+    ("a message as on_cancel", {"on_cancel": {"message": 1}}, "on_cancel: holds a message, which needs"),
+    ("another way", {"via": "pigeon"}, "via: "),
+    ("a queue without a message", {**QUEUE, "message": None}, "message: is missing"),
+    ("a queue with a path", {**QUEUE, "path": "/x"}, "path: is for via='http'"),
+    ("a queue with a submit", {**QUEUE, "submit": SUBMIT}, "submit: is for via='http'"),
+    ("a queue with a rhythm", {**QUEUE, "interval_s": 2.0}, "interval_s: is for via='http'"),
+    ("a queue with a job id", {**QUEUE, "job_id": "j"}, "job_id: is for via='http'"),
+    ("a message with a job id", {**QUEUE, "message": ["{job_id}"]}, "message: has {job_id}"),
+    ("a queue told by a request", {**QUEUE, "on_cancel": {"path": "/x"}}, "on_cancel: is a request"),
+    ("a cancel with a job id", {**QUEUE, "on_cancel": {"message": "{job_id}"}}, "on_cancel: has {job_id}"),
+    ("a message that is no JSON", {**QUEUE, "message": {"a": object()}}, "of type object"),
     ("an on_cancel to another host", {"on_cancel": {"path": "//h/x"}}, "on_cancel: path: is no path"),
     ("an unknown argument", {"conf": {CANARY: CANARY}}, "conf: is no argument"),
     ("too many wake keys", {"wake_keys": [str(n) for n in range(21)]}, "wake_keys: "),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -69,6 +70,30 @@ def submit(sender: Sender, response: HttpResponse | NoAnswer, *, unsure: bool = 
     held = job(**more)
     assert held.request.submit is not None
     return send_submission(held, held.request.submit, unsure=unsure)
+
+
+def test_a_submission_says_where_to_call_back(sender):
+    told = {"body": {"to": "{callback_url}", "ref": "{reference}"}, "headers": {"X-To": "{callback_url}"}}
+    held = replace(
+        job(path=None, submit={"path": "/jobs", "query": {"to": "{callback_url}"}, **told}),
+        callback_url="https://relay/v1/callbacks/t0k3n",
+    )
+    sender.answers = [answer(202)]
+    assert held.request.submit is not None
+
+    assert send_submission(held, held.request.submit, unsure=False) is None  # no id, and none is needed
+
+    (sent,) = sender.sent
+    assert json.loads(sent.body or b"") == {"to": held.callback_url, "ref": reference_for("t1")}
+    assert sent.headers["X-To"] == held.callback_url
+    assert sent.path == "/jobs?to=https%3A%2F%2Frelay%2Fv1%2Fcallbacks%2Ft0k3n"
+
+
+def test_a_callbacks_token_that_a_service_repeats_is_masked(sender):
+    with pytest.raises(SubmitRejected, match="cannot reach https://relay/v1/callbacks/") as refused:
+        submit(sender, answer(422, {"e": "cannot reach https://relay/v1/callbacks/dDE.17.s1gn-_aTure today"}))
+    assert "s1gn" not in str(refused.value)
+    assert "today" in str(refused.value)
 
 
 def test_a_submission_carries_the_key_that_is_the_same_on_every_attempt(sender):

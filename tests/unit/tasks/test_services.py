@@ -237,3 +237,50 @@ def test_no_credential_of_ours_and_nothing_that_looks_like_one_is_left_in_a_text
 def test_single_calls_share_one_sender():
     assert service_sender(INSIDE) is service_sender(INSIDE)
     assert service_sender(INSIDE).base_url == INSIDE.base_url
+
+
+# Queues
+
+
+def test_a_service_may_be_a_queue(tmp_path):
+    given = {"url": f"redis://user:{CANARY}@host:6379/0", "queue": "render", "reply_to": "done"}
+
+    found = service(given)
+
+    assert found.queue is not None
+    assert (found.queue.name, found.queue.reply_to) == ("render", "done")
+    assert CANARY not in repr(found)
+    assert found.masked(f"no {CANARY} here") == "no *** here"
+    file = tmp_path / "url"
+    file.write_text(f"{given['url']}\n")
+    assert service({"url_file": str(file), "queue": "render"}).queue.url == given["url"]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"queue": "q"}, "has no url: give url or url_file"),
+        ({"url": "redis://h/0", "url_file": "/x", "queue": "q"}, "has no url: give url or url_file"),
+        ({"url": "redis://h/0", "queue": ""}, "queue is empty"),
+        ({"url": "redis://h/0", "queue": "q", "token": CANARY}, "has no use for 'token'"),
+        ({"url": f"https://u:{CANARY}@h/", "queue": "q"}, "none of the forms"),
+        ({"url": f"redis://u:{CANARY}@h:port/0", "queue": "q"}, ""),
+    ],
+)
+def test_a_mistake_in_a_queue_is_named_without_its_secret(value, words):
+    found = " ".join(mistakes(value))
+
+    assert words in found
+    assert CANARY not in found
+
+
+def test_a_callback_url_needs_a_secret_and_is_a_plain_one():
+    base = {"DAGRELAY_REDIS_URL": "redis://h/0", "DAGRELAY_CALLBACK_SECRET": "s" * 40}
+    found = read_settings({**base, "DAGRELAY_CALLBACK_URL": "https://relay.example/base/"})
+    assert (found.callback_url, bool(found.callback_secrets)) == ("https://relay.example/base", True)
+    assert "sss" not in repr(found)
+    for url in ("relay", "ftp://h", "https://u:p@h", "https://h?a=1", "https://h/#x", "https://[h"):
+        with pytest.raises(ConfigurationError, match="DAGRELAY_CALLBACK_URL is no plain"):
+            read_settings({**base, "DAGRELAY_CALLBACK_URL": url})
+    with pytest.raises(ConfigurationError, match="set without DAGRELAY_CALLBACK_SECRET"):
+        read_settings({"DAGRELAY_REDIS_URL": "redis://h/0", "DAGRELAY_CALLBACK_URL": "https://h"})
