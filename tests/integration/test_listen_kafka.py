@@ -17,8 +17,11 @@ import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
 
 from local.process import ROOT, Process, clean_env
+from local.valkey import Valkey
 from producers.queues.kafka import KafkaSource
 from producers.queues.source import Received, SourceUnavailable, Undeliverable
+from tests.fake_airflow import FakeAirflow
+from tests.integration import queue_doors
 from tests.kafka_mock import KafkaMock
 
 pytestmark = pytest.mark.integration
@@ -275,3 +278,44 @@ def listen_for(source: KafkaSource, seconds: float) -> None:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         source.receive(10, 0.5)
+
+
+def test_a_listener_that_is_killed_loses_nothing_and_repeats_nothing(
+    kafka: KafkaMock,
+    topic: str,
+    valkey: Valkey,
+    airflow: FakeAirflow,
+    start_worker: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    producer = Producer({"bootstrap.servers": kafka.hosts})
+    reader = Consumer(
+        {"bootstrap.servers": kafka.hosts, "group.id": uuid4().hex, "auto.offset.reset": "earliest"}
+    )
+
+    def send(body: bytes, message_id: str, correlation_id: str) -> None:
+        # No id: the offset names it.
+        wish = {"reply_to": queue_doors.REPLIES, "correlation_id": correlation_id}
+        producer.produce(topic, body, headers=[(name, value.encode()) for name, value in wish.items()])
+        assert producer.flush(10) == 0
+
+    def answers() -> Iterator[bytes]:
+        while (message := reader.poll(0.2)) is not None:
+            if message.error() is None:
+                yield message.value() or b""
+
+    producer.produce(queue_doors.REPLIES, b'{"correlation_id": "c0", "what": "made"}')  # the topic
+    assert producer.flush(10) == 0
+    reader.assign([TopicPartition(queue_doors.REPLIES, number, 0) for number in range(4)])
+    start_worker()
+    queue_doors.nothing_is_lost_and_nothing_runs_twice(
+        kafka.url(topic),
+        send,
+        answers,
+        valkey=valkey,
+        airflow=airflow,
+        tmp_path=tmp_path,
+        DAGRELAY_KAFKA_CONFIG='{"session.timeout.ms": 6000}',
+    )
+    reader.close()
+    assert sum(max(0, committed(kafka, topic, number)) for number in range(4)) == queue_doors.MESSAGES

@@ -20,8 +20,11 @@ import pytest
 from local import rabbitmq as local_rabbitmq
 from local.process import ROOT, PartFailed, Process, clean_env
 from local.rabbitmq import RabbitMQ
+from local.valkey import Valkey
 from producers.queues.rabbitmq import RabbitSource
 from producers.queues.source import Received, SourceUnavailable, Undeliverable
+from tests.fake_airflow import FakeAirflow
+from tests.integration import queue_doors
 from tests.parts import need
 
 pytestmark = pytest.mark.integration
@@ -467,3 +470,32 @@ def name_of(pid: int) -> str:
     with suppress(OSError):
         return Path(f"/proc/{pid}/comm").read_text()
     return ""
+
+
+def test_a_listener_that_is_killed_loses_nothing_and_repeats_nothing(
+    broker: RabbitMQ,
+    foreign: Foreign,
+    queue: str,
+    source: RabbitSource,
+    valkey: Valkey,
+    airflow: FakeAirflow,
+    start_worker: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    source.close()
+    foreign.channel.queue_declare(queue_doors.REPLIES, durable=True, auto_delete=False)
+
+    def send(body: bytes, message_id: str, correlation_id: str) -> None:
+        wish = {"reply_to": queue_doors.REPLIES, "correlation_id": correlation_id}
+        foreign.send(queue, body, message_id=message_id, **wish)
+
+    def answers() -> Iterator[bytes]:
+        while (message := foreign.channel.basic_get(queue_doors.REPLIES, no_ack=True)) is not None:
+            yield bytes(message.body)  # type: ignore[arg-type]
+
+    start_worker()
+    queue_doors.nothing_is_lost_and_nothing_runs_twice(
+        f"{broker.url}?queue={queue}", send, answers, valkey=valkey, airflow=airflow, tmp_path=tmp_path
+    )
+    foreign.until_ready(queue, 0)
+    assert foreign.count(f"{queue}.dead") == 0

@@ -15,8 +15,11 @@ import boto3  # type: ignore[import-untyped]
 import pytest
 
 from local.process import ROOT, Process, clean_env, free_port
+from local.valkey import Valkey
 from producers.queues.source import Received, SourceUnavailable, Undeliverable
 from producers.queues.sqs import SqsSource
+from tests.fake_airflow import FakeAirflow
+from tests.integration import queue_doors
 
 pytestmark = pytest.mark.integration
 
@@ -271,3 +274,36 @@ def test_an_outage(tmp_path: Path, source_of: Callable[..., SqsSource]) -> None:
     assert take(source, 1)
     source.close()
     server.kill()
+
+
+def test_a_listener_that_is_killed_loses_nothing_and_repeats_nothing(
+    moto: Moto,
+    foreign: Any,
+    queue: str,
+    valkey: Valkey,
+    airflow: FakeAirflow,
+    start_worker: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    replies = foreign.create_queue(QueueName=queue_doors.REPLIES)["QueueUrl"]
+
+    def send_one(body: bytes, message_id: str, correlation_id: str) -> None:
+        wish = {"id": message_id, "reply_to": queue_doors.REPLIES, "correlation_id": correlation_id}
+        attributes = {name: string(value) for name, value in wish.items()}
+        send(foreign, queue, body.decode(), MessageAttributes=attributes)
+
+    def answers() -> Iterator[bytes]:
+        while found := foreign.receive_message(QueueUrl=replies, MaxNumberOfMessages=10).get("Messages"):
+            for message in found:
+                yield message["Body"].encode()
+
+    start_worker()
+    queue_doors.nothing_is_lost_and_nothing_runs_twice(
+        url_of(moto, queue, "&visibility_s=10"),
+        send_one,
+        answers,
+        valkey=valkey,
+        airflow=airflow,
+        tmp_path=tmp_path,
+    )
+    assert counts(foreign, queue) == (0, 0)
