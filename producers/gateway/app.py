@@ -19,7 +19,7 @@ from ..client import RelayClient
 from ..errors import ConfigurationError, DagrelayError
 from ..keys import Keys
 from ..routing import Rules, load_rules
-from . import callbacks, events, health, hooks, runs, schemas, tasks
+from . import callbacks, events, health, hooks, page, runs, schemas, tasks
 from .access import AccessLog
 from .base import Gateway, Problem, answer_to
 from .front import Front
@@ -35,7 +35,7 @@ def create_app(gateway: Gateway) -> FastAPI:
     app = FastAPI(
         title="Dagrelay gateway",
         version=_version(),
-        docs_url=None,  # its page would load scripts from somebody else's server
+        docs_url=None,  # its page would load scripts from somebody else's server: see `page`
         redoc_url=None,
         redirect_slashes=False,
         lifespan=lambda _: _until_stopped(streams, access),
@@ -48,6 +48,7 @@ def create_app(gateway: Gateway) -> FastAPI:
         callbacks.router(),
         tasks.router(streams),
         health.router(),
+        page.router(),
     ):
         # Not include_router, by which each request is matched twice: a tenth of what one costs.
         app.router.routes.extend(routes.routes)

@@ -25,7 +25,7 @@ from .settings import is_loopback
 
 log = logging.getLogger(__name__)
 
-OPEN: Final = frozenset({"/livez", "/readyz", "/openapi.json"})
+OPEN: Final = frozenset({"/livez", "/readyz", "/openapi.json", "/docs"})
 """What answers anybody, and tells nothing of what there is."""
 
 PROVE_THEMSELVES: Final = ("/v1/callbacks/", "/v1/webhooks/")

@@ -443,8 +443,11 @@ def test_what_was_seen_is_not_told_again(gateway, redis):
 
 
 def test_health_and_description_ask_for_no_key(gateway, redis):
-    for path in ("/livez", "/readyz", "/openapi.json"):
+    for path in ("/livez", "/readyz", "/openapi.json", "/docs"):
         assert gateway.ask("GET", path, token=None).status == 200
+    page = gateway.ask("GET", "/docs", token=None).raw.decode()
+    assert "POST /v1/dags/{dag_id}/runs" in page
+    assert "<script" not in page
     described = gateway.ask("GET", "/openapi.json", token=None).body
     assert described["openapi"].startswith("3.1")
 
