@@ -47,10 +47,12 @@ class RabbitMQ:
     """One broker on loopback, its data in a temporary folder; ended and started again as a test likes.
 
     `with RabbitMQ() as broker:`; `broker.url` has no path, `broker.port` stays the same. Raises PartFailed
-    where it cannot be had or does not start.
+    where it cannot be had or does not start. With `tls`, a certificate and its key, `tls_port` speaks TLS.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tls: tuple[Path, Path] | None = None) -> None:
+        self._tls = tls
+        self.tls_port = free_port() if tls else 0
         self._folder = tempfile.TemporaryDirectory(prefix="dagrelay-rabbitmq-")
         self.folder = Path(self._folder.name)
         self.folder.chmod(0o755)
@@ -94,9 +96,16 @@ class RabbitMQ:
         )
         (self.folder / "enabled_plugins").write_text("[].\n")
         (self.folder / "env.conf").write_text("")
-        (self.folder / "rabbitmq.conf").write_text(
-            f"listeners.tcp.1 = 127.0.0.1:{self.port}\nlog.console.level = warning\n"
-        )
+        config = f"listeners.tcp.1 = 127.0.0.1:{self.port}\nlog.console.level = warning\n"
+        if self._tls:
+            config += (
+                f"listeners.ssl.1 = 127.0.0.1:{self.tls_port}\n"
+                f"ssl_options.cacertfile = {self._tls[0]}\n"
+                f"ssl_options.certfile = {self._tls[0]}\n"
+                f"ssl_options.keyfile = {self._tls[1]}\n"
+                "ssl_options.verify = verify_none\n"
+            )
+        (self.folder / "rabbitmq.conf").write_text(config)
         # Erlang would leave this one behind, in a session of its own.
         if self._epmd is None:
             self._epmd = Process(

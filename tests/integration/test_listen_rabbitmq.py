@@ -29,6 +29,7 @@ from tests.parts import need
 
 pytestmark = pytest.mark.integration
 
+TLS = Path(__file__).parent / "tls"
 BODY = json.dumps({"dag_id": "sales", "conf": {"day": 1}}).encode()
 
 
@@ -38,7 +39,7 @@ def broker() -> Iterator[RabbitMQ]:
         local_rabbitmq.ensure()
     except PartFailed as exc:
         need("RabbitMQ", False, f"{local_rabbitmq.HOW_TO_GET_IT} ({exc})")
-    with RabbitMQ() as running:
+    with RabbitMQ((TLS / "cert.pem", TLS / "key.pem")) as running:
         yield running
 
 
@@ -319,6 +320,23 @@ def test_an_answer_that_no_queue_takes_is_told_and_harms_nothing(
     source.done([held])
     source.close()
     foreign.until_ready(queue, 0)
+
+
+def test_over_tls_with_a_broker_that_shows_its_certificate(
+    broker: RabbitMQ, source: RabbitSource, foreign: Foreign, queue: str
+) -> None:
+    source.close()
+    for number in range(50):
+        foreign.send(queue, b"x" * 40_000, message_id=str(number))
+    reach = f"amqps://guest:guest@127.0.0.1:{broker.tls_port}?queue={queue}"
+    with pytest.raises(SourceUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
+        RabbitSource.from_url(reach).receive(1, 0)
+
+    source = RabbitSource.from_url(f"{reach}&ca={TLS / 'cert.pem'}")
+    source.done([*(first := source.receive(50, 5)), *take(source, 50 - len(first))])
+    source.publish(queue, b"{}", correlation_id="c", headers={})
+    assert take(source, 1)[0].message.correlation_id == "c"
+    source.close()
 
 
 def test_what_only_publishes_is_sent_no_messages(
