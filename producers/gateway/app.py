@@ -22,6 +22,7 @@ from ..routing import Rules, load_rules
 from . import callbacks, events, health, hooks, page, runs, schemas, tasks
 from .access import AccessLog
 from .base import Gateway, Problem, answer_to
+from .connection import HEAD_WITHIN_S
 from .front import Front
 from .settings import GatewaySettings
 from .streams import Streams
@@ -38,7 +39,7 @@ def create_app(gateway: Gateway) -> FastAPI:
         docs_url=None,  # its page would load scripts from somebody else's server: see `page`
         redoc_url=None,
         redirect_slashes=False,
-        lifespan=lambda _: _until_stopped(streams, access),
+        lifespan=lambda _: _until_stopped(gateway, streams, access),
     )
     app.state.gateway = gateway
     for routes in (
@@ -90,7 +91,9 @@ def gateway_of_settings(settings: GatewaySettings) -> Gateway:
 
 
 @contextlib.asynccontextmanager
-async def _until_stopped(streams: Streams, access: AccessLog) -> AsyncIterator[None]:
+async def _until_stopped(
+    gateway: Gateway, streams: Streams, access: AccessLog
+) -> AsyncIterator[dict[str, Any]]:
     """End the streams of events as soon as the process is asked to stop: it waits for what is in hand."""
     former = {}
     for one in (signal.SIGTERM, signal.SIGINT):
@@ -105,7 +108,7 @@ async def _until_stopped(streams: Streams, access: AccessLog) -> AsyncIterator[N
         former[one] = before
         signal.signal(one, stop)
     try:
-        yield
+        yield {HEAD_WITHIN_S: gateway.settings.body_timeout_s}
     finally:
         streams.stop()
         access.write()

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from uvicorn.supervisors import Multiprocess
 
 from .app import create_app, gateway_of_settings
+from .connection import Connection
 from .settings import GatewaySettings
 
 SWITCH_EVERY_S = 0.001
@@ -29,7 +30,7 @@ def serve(settings: GatewaySettings) -> int:
         port=settings.port,
         workers=settings.workers,
         loop="uvloop",
-        http="httptools",
+        http=Connection,
         ws="none",
         interface="asgi3",
         log_config=None,

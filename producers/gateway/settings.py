@@ -37,7 +37,7 @@ class GatewaySettings:
     max_body_bytes: int = MAX_MESSAGE_BYTES
     max_fan_out_bytes: int = 64 * 1024 * 1024
     body_timeout_s: float = 30.0
-    """For a body to be there whole: what is slower is cut off."""
+    """For a head to be there whole, and then for a body: what is slower is cut off."""
     max_in_flight: int = 1000
     """Requests of a process at once; one more is asked to come again."""
     max_streams: int = 500

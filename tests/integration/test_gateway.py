@@ -275,6 +275,42 @@ def test_a_slow_body_is_cut_off(gateway, redis):
         assert 1 < time.monotonic() - began < 15
 
 
+@pytest.mark.parametrize("sent", [b"", b"GET / HT", b"GET /livez HTTP/1.1\r\nA: b\r\n"])
+def test_a_slow_head_is_cut_off(gateway, redis, sent):
+    with gateway.connect() as line:
+        line.sendall(sent)
+        assert line.recv(4000).startswith(b"HTTP/1.1 408 ")
+        assert line.recv(4000) == b""
+
+
+def test_a_slow_head_is_cut_off_on_a_connection_that_was_used(gateway, redis):
+    with gateway.connect() as line:
+        line.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n")
+        answer = b""
+        while not answer.endswith(b"}"):
+            answer += line.recv(4000)
+        line.sendall(b"GET /livez HTTP/1.1\r\n")
+        assert line.recv(4000).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_head_without_end_and_what_is_no_http_are_cut_off(gateway, redis):
+    with gateway.connect() as line, contextlib.suppress(OSError):  # reset, or a pipe that is broken
+        line.sendall(b"GET /livez HTTP/1.1\r\n")
+        for _ in range(2000):
+            line.sendall(b"A: " + b"b" * 10_000 + b"\r\n")
+        pytest.fail("all of it was taken")
+    with gateway.connect() as line:
+        line.sendall(b"\x16\x03\x01 this is no HTTP\r\n\r\n")
+        answer = line.recv(4000)
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert b"application/problem+json" in answer
+    with gateway.connect() as line:  # a body that is none
+        line.sendall(_head(gateway, "Transfer-Encoding: chunked"))
+        line.sendall(b"zz\r\n")
+        assert line.recv(4000).startswith(b"HTTP/1.1 400 ")
+    assert gateway.ask("GET", "/livez").status == 200
+
+
 def test_who_goes_away_harms_nobody(gateway, redis):
     for _ in range(30):
         with gateway.connect() as line:

@@ -111,6 +111,24 @@ def test_it_stops_in_good_order_and_ends_its_streams(tmp_path):
         assert "Traceback" not in gateway.text()
 
 
+def test_streams_have_their_number_and_who_goes_gives_a_place(tmp_path):
+    with (
+        Valkey() as valkey,
+        GatewayProcess(valkey.url, tmp_path, DAGRELAY_GATEWAY_MAX_STREAMS="2") as gateway,
+    ):
+        path = gateway.run().body["events_url"]
+        with follow(gateway, path) as one, follow(gateway, path) as two:
+            assert len(read_events(one, 1) + read_events(two, 1)) == 2
+            refused = gateway.ask("GET", path)
+            assert (refused.status, refused.headers["retry-after"]) == (503, "1")
+
+        def there_is_a_place() -> bool:
+            with follow(gateway, path) as line:
+                return bool(read_events(line, 1))
+
+        until(there_is_a_place)
+
+
 def test_several_processes_share_one_port(tmp_path):
     with Valkey() as valkey, GatewayProcess(valkey.url, tmp_path, "--workers", "2") as gateway:
         answers = {gateway.run(Idempotency_Key='"k"').raw for _ in range(20)}
