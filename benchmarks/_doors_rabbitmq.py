@@ -8,6 +8,7 @@ no `key`: what was accepted twice would be seen. The clock runs from the first m
 from __future__ import annotations
 
 import json
+import socket
 import tempfile
 import time
 from collections import Counter
@@ -84,7 +85,8 @@ def fill(broker: RabbitMQ, url: str) -> Any:
     source = RabbitSource.from_url(url)
     source.receive(1, 0)  # it makes the queue
     source.close()
-    connection = amqp.Connection(f"127.0.0.1:{broker.port}")
+    patient: dict[Any, Any] = {socket.TCP_USER_TIMEOUT: 60_000}  # the broker stops reading now and then
+    connection = amqp.Connection(f"127.0.0.1:{broker.port}", socket_settings=patient)
     connection.connect()
     channel = connection.channel()
     for number in range(MESSAGES):

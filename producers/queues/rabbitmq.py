@@ -29,6 +29,7 @@ from __future__ import annotations
 import contextlib
 import json
 import select
+import socket
 import ssl
 import struct
 import time
@@ -61,6 +62,11 @@ FORM: Final = "amqp://user:password@host:5672/vhost?queue=dag-triggers"
 CONNECT_S: Final = 5.0
 ANSWER_S: Final = 10.0
 """For each answer of the broker. One that hangs is as good as one that is away."""
+
+# py-amqp gives up after 1 s, which a broker under load lets pass: it stops reading from who sends too fast.
+_PATIENT: Final = (
+    {socket.TCP_USER_TIMEOUT: int(ANSWER_S * 1000)} if hasattr(socket, "TCP_USER_TIMEOUT") else {}
+)
 
 REASON: Final = "x-dagrelay-reason"
 _UNREADABLE: Final = "x-dagrelay-unreadable"
@@ -323,8 +329,12 @@ class RabbitSource:
         properties: dict[str, Any] = {"content_type": "application/json", "delivery_mode": 2}
         if correlation_id is not None:
             properties["correlation_id"] = correlation_id
+        told = dict(headers)
+        for name, theirs in (("id", "message_id"), ("reply_to", "reply_to")):
+            if name in told:  # AMQP has a place of its own for it
+                properties[theirs] = told.pop(name)
         with self._at_work():
-            self._send(to, self._message(body, properties, dict(headers)))
+            self._send(to, self._message(body, properties, told))
 
     def _message(self, body: Any, properties: dict[str, Any], headers: dict[str, Any]) -> Any:
         return Message(body, application_headers=headers, **properties)
@@ -384,6 +394,7 @@ class RabbitSource:
                 "confirm_publish": True,
                 "read_timeout": ANSWER_S,
                 "write_timeout": ANSWER_S,
+                "socket_settings": _PATIENT,
                 "client_properties": {"connection_name": f"dagrelay listen {self.queue}"},
                 "frame_handler": _frames,
             },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -337,6 +338,11 @@ def test_over_tls_with_a_broker_that_shows_its_certificate(
     source.publish(queue, b"{}", correlation_id="c", headers={})
     assert take(source, 1)[0].message.correlation_id == "c"
     source.close()
+
+
+def test_a_broker_that_does_not_read_for_some_seconds_is_waited_for(source: RabbitSource) -> None:
+    option = source._connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+    assert option == 10_000
 
 
 def test_what_only_publishes_is_sent_no_messages(
