@@ -286,7 +286,8 @@ def _queue_service(service_id: str, given: dict[str, Any]) -> Service:
     if not name:
         problems.append("queue is empty: give the place to which messages are published")
     extras.refuse_the_rest("")
-    if url is not None:
+    if url is not None and name:
+        url = _with_queue(url, name)
         from producers.queues.sources import publisher_for  # here: most workers have no such service
 
         try:
@@ -298,6 +299,17 @@ def _queue_service(service_id: str, given: dict[str, Any]) -> Service:
     if problems or url is None or not name:
         raise Mistake(*problems)
     return Service(service_id, base_url="", queue=Queue(url, name, reply_to))
+
+
+def _with_queue(url: str, name: str) -> str:
+    """Return the URL as a source takes it: most name a queue, which is where ours goes."""
+    scheme, _, rest = url.partition("://")
+    if scheme.lower() in ("amqp", "amqps", "sqs") and not re.search(r"[?&]queue=", rest):
+        return f"{url}{'&' if '?' in rest else '?'}queue={quote(name, safe='')}"
+    address, mark, query = rest.partition("?")
+    if scheme.lower() == "kafka" and not address.partition("/")[2]:
+        return f"{scheme}://{address.rstrip('/')}/{quote(name, safe='')}{mark}{query}"
+    return url
 
 
 def _from_json(given: dict[str, Any]) -> Parts:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import amqp
 import pytest
 from redis import Redis
 
-from local.process import Process, clean_env
+import tests.import_tasks  # noqa: F401
+from local import rabbitmq as local_rabbitmq
+from local.process import PartFailed, Process, clean_env
 from local.valkey import Valkey
 from producers import (
     ExternalJobFailed,
@@ -25,11 +29,14 @@ from producers import (
 )
 from producers.client import RelayClient
 from producers.contract import reference_for
-from producers.errors import ServiceNotConfigured, SubmitUnknown
+from producers.errors import ServiceNotConfigured, ServiceUnavailable, SubmitRejected, SubmitUnknown
 from producers.settings import ProducerSettings
 from producers.stores.heard import answer_key, heard
+from tasks.asking_queues import QueueSender
+from tasks.services import Queue, Service, read_services
 from tests.integration.gateway import DAGRELAY
 from tests.integration.test_trigger import until
+from tests.parts import need
 from tests.worker import ROOT, Worker
 
 pytestmark = pytest.mark.integration
@@ -256,3 +263,46 @@ def test_a_worker_that_is_killed_after_it_published_publishes_the_same_again(sce
             relay.wake(answer_key("render", reference_for(handle.id)), {"state": "done", "out": 2})
             assert handle.get(timeout=20).result == 2
         relay.redis.close()
+
+
+def test_over_rabbitmq_the_ids_are_where_amqp_has_them():
+    """By threads of one process, over one connection, which is made anew when it breaks."""
+    try:
+        local_rabbitmq.ensure()
+    except PartFailed as exc:
+        need("RabbitMQ", False, f"{local_rabbitmq.HOW_TO_GET_IT} ({exc})")
+    with local_rabbitmq.RabbitMQ() as broker:
+        connection = amqp.Connection(f"127.0.0.1:{broker.port}", confirm_publish=True)
+        connection.connect()
+        channel = connection.channel()
+        channel.auto_decode = False
+        channel.queue_declare("render", auto_delete=False)
+        given = {"url": f"amqp://guest:guest@127.0.0.1:{broker.port}/", "queue": "render", "reply_to": "done"}
+        services, mistakes = read_services({"DAGRELAY_SERVICE_RENDER": json.dumps(given)})
+        assert not mistakes
+        queue = services["render"].queue
+        assert queue is not None
+        sender = QueueSender(services["render"], queue)
+
+        def send(number: int) -> None:
+            sender.send({"n": number}, correlation_id=f"c{number}", message_id=f"m{number}")
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(send, range(20)))
+
+        found = {}
+        while (message := channel.basic_get("render", no_ack=True)) is not None:
+            found[message.properties["message_id"]] = message
+        assert set(found) == {f"m{number}" for number in range(20)}
+        told = found["m7"].properties
+        assert (told["correlation_id"], told["reply_to"]) == ("c7", "done")
+        assert told["content_type"] == "application/json"
+        assert json.loads(found["m7"].body) == {"n": 7}
+        connection.close()
+
+        nowhere = Queue(queue.url, "nobody.made.it", None)
+        with pytest.raises(SubmitRejected):
+            QueueSender(Service("r", "", queue=nowhere), nowhere).send(1, correlation_id="c", message_id="m")
+    with pytest.raises(ServiceUnavailable) as away:
+        send(99)
+    assert away.value.unsure

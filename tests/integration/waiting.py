@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from producers.stores.heard import said
 from tasks.app import app, waits
 from tasks.waiting import show, wait
 
@@ -13,7 +14,7 @@ def wait_for(self: Any, what: str, until: float, look: str = "", key: str = "") 
     """Wait until one says {"return": …} or {"raise": …}; {"state": …, "progress": …} is shown in Flower."""
     if key:
         waits().register(self.request.id, [key], keep_s=60)
-    seen = waits().observations(self.request.id, self.request.retries)
+    seen = [said(one)[1] for one in waits().observations(self.request.id, self.request.retries)]
     shown = {}
     for one in seen:
         if isinstance(one, dict):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import tests.import_tasks  # noqa: F401
+from producers.stores.heard import heard
 from tasks.trigger import TRUSTED_S, just_ended
 
 NOW = time.time()
@@ -31,6 +32,7 @@ def test_an_end_that_a_look_saw_just_now(state):
         [{"state": "gone", "at": NOW}],
         [{"state": "running", "at": NOW}],
         [{"state": "success", "at": NOW}, None],  # told to look after it
+        [heard({"state": "success", "at": NOW})],  # an outsider's word, in the form of a look's
     ],
 )
 def test_all_else_is_asked_for_again(seen: list[Any]):

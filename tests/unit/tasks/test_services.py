@@ -251,6 +251,8 @@ def test_a_service_may_be_a_queue(tmp_path):
     assert (found.queue.name, found.queue.reply_to) == ("render", "done")
     assert CANARY not in repr(found)
     assert found.masked(f"no {CANARY} here") == "no *** here"
+    for url in ("amqp://h/", "sqs://?region=eu-west-1", "kafka://h:9092"):  # they need not name it twice
+        assert service({"url": url, "queue": "render"}).queue.name == "render"
     file = tmp_path / "url"
     file.write_text(f"{given['url']}\n")
     assert service({"url_file": str(file), "queue": "render"}).queue.url == given["url"]
