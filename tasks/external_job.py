@@ -595,6 +595,8 @@ def wait_on(
         found["heard_at"] = f"{now:.6f}"
     if words and not job.can_be_asked:
         found["reason"] = short(words)
+    if last is not None and heard and last.state != job.record.seen:
+        waits().learn(job.task_id, f"told: is {last.state}")  # who asked hears of it too
     if last is not None:
         found |= {"seen": last.state, "progress": last.progress, "errors": "0"}
     state = last.state if last else job.record.seen or ""

@@ -156,7 +156,7 @@ def test_a_message_goes_out_and_its_answer_is_the_outcome(scene, start):
     assert (asked["correlation_id"], asked["id"], asked["reply_to"]) == (reference, reference, "done")
 
 
-def test_an_answer_that_is_no_end_is_progress_and_one_that_says_nothing_is_noted(scene, start):
+def test_an_answer_that_is_no_end_is_progress_and_one_that_says_nothing_is_noted(scene, start, relay):
     scene.renderer.answers = lambda asked: []
     handle = start(progress="percent")
     until(lambda: parked(handle) and scene.renderer.asked)
@@ -164,6 +164,7 @@ def test_an_answer_that_is_no_end_is_progress_and_one_that_says_nothing_is_noted
 
     scene.renderer.say(asked, {"state": "running", "percent": 10})
     until(lambda: handle.record().progress == "10" and parked(handle))
+    assert "told: is running" in [words for _, words in relay.waits.history(handle.id)]
     scene.renderer.say(asked, {"nothing": 1})
     until(lambda: handle.record().reason is not None and parked(handle))
     assert "state: is missing" in handle.record().reason
