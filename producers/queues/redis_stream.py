@@ -104,8 +104,9 @@ class RedisStreams:
         claim_after_s: float = 60.0,
         delete: bool = False,
         dead: str = "",
+        most_published: int | None = MOST_ANSWERS,
     ) -> None:
-        self.name = name
+        self.name, self._most_published = name, most_published
         self._client, self._stream, self._group = client, stream, group
         self._claim_after_s, self._delete, self._dead = claim_after_s, delete, dead or f"{stream}.dead"
         self._consumer = consumer_name()
@@ -164,6 +165,7 @@ class RedisStreams:
             claim_after_s=claim_after_s or 0.0,
             delete=told.get("delete") == "yes",
             dead=told.get("dead", ""),
+            most_published=MOST_ANSWERS if receives else None,  # requests to a service, none of which may go
         )
 
     def receive(self, most: int, wait_s: float) -> Sequence[Received]:
@@ -267,7 +269,7 @@ class RedisStreams:
     def publish(
         self, to: str, body: bytes, *, correlation_id: str | None, headers: Mapping[str, str]
     ) -> None:
-        """Append to the stream `to`, which keeps about the last 100,000 entries.
+        """Append to the stream `to`. Of answers it keeps about the last 100,000.
 
         Raises Undeliverable for a key of Dagrelay or Celery, this stream itself, and what is no stream.
         """
@@ -277,7 +279,7 @@ class RedisStreams:
             fields["correlation_id"] = correlation_id
         with self._told():
             try:
-                self._client.xadd(to, fields, maxlen=MOST_ANSWERS, approximate=True)
+                self._client.xadd(to, fields, maxlen=self._most_published, approximate=True)
             except NoPermissionError:
                 raise Undeliverable("this user may not write to the stream") from None
             except ResponseError as exc:

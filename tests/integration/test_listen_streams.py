@@ -619,3 +619,16 @@ def test_only_one_of_two_listeners_tells_an_end(stream, airflow, worker, broker,
         until(lambda: untold(stream, relay) == 0)
     ended = [one["correlation_id"] for one in answers(stream) if one["what"] == "ended"]
     assert sorted(ended) == sorted(f"c-{number}" for number in range(50))
+
+
+def test_answers_are_bounded_and_requests_to_a_service_are_not(broker, monkeypatch):
+    """A service that is behind would else lose the jobs that were asked of it first."""
+    monkeypatch.setattr("producers.queues.redis_stream.MOST_ANSWERS", 100)
+    client = Redis.from_url(broker.url)
+    for receives, stream in ((True, "replies"), (False, "render-jobs")):
+        source = (source_for if receives else publisher_for)(f"{broker.url}?stream=s")
+        for _ in range(400):
+            source.publish(stream, b"{}", correlation_id=None, headers={})
+        source.close()
+    assert client.xlen("replies") < 300
+    assert client.xlen("render-jobs") == 400
