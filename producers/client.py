@@ -243,7 +243,13 @@ def _delay_s(now: float, countdown: float | None, eta: datetime | None) -> float
     if eta is not None:
         if not isinstance(eta, datetime) or eta.tzinfo is None:
             raise InvalidRequest("eta: give a datetime with its time zone, e.g. datetime.now(UTC) + …")
-        return max(0.0, eta.timestamp() - now)
+        try:
+            delay_s = max(0.0, eta.timestamp() - now)
+        except (OverflowError, ValueError):  # with its offset it lies before the year 1 or after 9999
+            delay_s = 4e9
+        if delay_s >= 4e9:
+            raise InvalidRequest("eta: is more than a hundred years away")
+        return delay_s
     if countdown is None:
         return 0.0
     if isinstance(countdown, bool) or not isinstance(countdown, int | float) or not 0 <= countdown < 4e9:

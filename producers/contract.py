@@ -174,7 +174,7 @@ def conf_problem(value: Any, where: str = "conf", depth: int = 0) -> str:
             problem = _text_problem(key)
             if problem:
                 return f"a key of {where} {problem}"
-            problem = conf_problem(item, f"{where}.{key}", depth + 1)
+            problem = conf_problem(item, f"{where}.{_shown_key(key)}", depth + 1)
             if problem:
                 return problem
         return ""
@@ -194,6 +194,11 @@ def conf_problem(value: Any, where: str = "conf", depth: int = 0) -> str:
     hint = {"bytes": "decode it, or send base64", "datetime": "send .isoformat()", "Decimal": "send str()"}
     how = hint.get(kind.__name__, "send strings, numbers, booleans, null, lists and objects")
     return f"{where} is of type {kind.__name__}, which is not JSON: {how}"
+
+
+def _shown_key(key: str) -> str:
+    """Return a key as a refusal may name it: one line, not long, whatever its sender wrote."""
+    return key if key.isidentifier() and len(key) <= 80 else repr(key[:80])
 
 
 class _CheckedConf(dict[str, Any]):

@@ -40,7 +40,7 @@ class QueueSender:
         try:
             with self._lock:
                 if self._source is None:
-                    self._source = publisher_for(self._queue.url)
+                    self._source = publisher_for(self._queue.url, keep_all=True)
                 self._source.publish(self._queue.name, body, correlation_id=correlation_id, headers=headers)
         except SourceUnavailable as exc:
             raise ServiceUnavailable(self.service.masked(str(exc))) from exc

@@ -62,8 +62,8 @@ class WorkerSettings:
         *(5, 30, 120, 600, 1800, 3600),
         *(2 * 3600, 3 * 3600, 4 * 3600, 6 * 3600, 8 * 3600),
     )
-    """The pauses between the attempts to tell a hook: about a day in all, so that a receiver that is away for a
-    night still hears of what ended. They grow by a fifth at random."""
+    """The pauses between the attempts to tell a hook: about a day in all, so that a receiver that is away for
+    a night still hears of what ended. They grow by a fifth at random."""
     dead_keep_s: int = 14 * 86_400
     """How long a dead letter is kept."""
     dead_max: int = 100_000

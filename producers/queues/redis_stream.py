@@ -114,8 +114,8 @@ class RedisStreams:
         self._claim_at = self._tidy_at = 0.0
 
     @classmethod
-    def from_url(cls, url: str, *, receives: bool = True) -> RedisStreams:
-        """Return it, not connected yet; one that only publishes needs no stream.
+    def from_url(cls, url: str, *, receives: bool = True, keep_all: bool = False) -> RedisStreams:
+        """Return it, not connected yet. Who only publishes needs no stream; `keep_all`: it trims nothing.
 
         Raises ConfigurationError with every mistake, which shows no part of the URL that may be secret.
         """
@@ -165,7 +165,7 @@ class RedisStreams:
             claim_after_s=claim_after_s or 0.0,
             delete=told.get("delete") == "yes",
             dead=told.get("dead", ""),
-            most_published=MOST_ANSWERS if receives else None,  # requests to a service, none of which may go
+            most_published=None if keep_all else MOST_ANSWERS,
         )
 
     def receive(self, most: int, wait_s: float) -> Sequence[Received]:

@@ -28,18 +28,21 @@ def source_for(url: str) -> Source:
 
     Raises ConfigurationError, which shows nothing of the URL that may be secret.
     """
-    return _source(url, receives=True)
+    return _source(url)
 
 
-def publisher_for(url: str) -> Source:
-    """Return a source of which only `publish` and `close` are used. Raises ConfigurationError."""
-    return _source(url, receives=False)
+def publisher_for(url: str, *, keep_all: bool = False) -> Source:
+    """Return a source of which only `publish` and `close` are used. Raises ConfigurationError.
+
+    `keep_all`: what is published are requests, none of which may go. Answers nobody reads may.
+    """
+    return _source(url, receives=False, keep_all=keep_all)
 
 
-def _source(url: str, *, receives: bool) -> Source:
+def _source(url: str, *, receives: bool = True, keep_all: bool = False) -> Source:
     scheme = url.partition("://")[0].lower()
     if scheme in _STREAMS:
-        return RedisStreams.from_url(url, receives=receives)
+        return RedisStreams.from_url(url, receives=receives, keep_all=keep_all)
     if scheme not in _OTHERS:
         raise ConfigurationError(f"the source's URL is none of the forms {FORMS}")
     module, name = _OTHERS[scheme]

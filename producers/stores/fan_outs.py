@@ -115,7 +115,8 @@ def message_of(task: str, task_id: str, queue: str, fan_out_id: str, by: str) ->
 
 # Write some requests. KEYS: the requests, the record of the fan-out. ARGV: fan-out id, chunk, the messages as
 # a JSON list, seconds until it expires, the place of the first, then per request its id and six fields of its
-# record with NUL between them, and names and values of further ones. Sent twice (a call repeats what got no answer) it changes nothing.
+# record with NUL between them, and names and values of further ones. Sent twice (a call repeats what got no
+# answer) it changes nothing.
 ADD_CHUNK: Final = Script("""
 if redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
 local time = redis.call('TIME')

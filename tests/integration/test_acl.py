@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import urllib.request
 from base64 import b64encode
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,8 @@ from producers.settings import ProducerSettings
 from producers.stores.lines import Lines
 from producers.stores.waits import Waits
 from tests.fake_airflow import FakeAirflow
+from tests.fake_service import FakeService
+from tests.integration.gateway import GatewayProcess
 from tests.integration.test_trigger import until
 from tests.worker import Worker
 
@@ -65,7 +69,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     users.write_text("user default on nopass ~* &* +@all\n")  # until it is up
     with Valkey(config={"aclfile": str(users)}) as valkey, FakeAirflow() as airflow:
         text = USERS.read_text()
-        for name in ("admin", "producer", "worker", "operator", "flower"):
+        for name in ("admin", "producer", "gateway", "listener", "worker", "operator", "flower"):
             assert f"user {name} on >CHANGE-{name} " in text
             text = text.replace(f">CHANGE-{name} ", f">{PASSWORD} ")
         users.write_text(text)
@@ -107,6 +111,74 @@ def test_a_producer_and_a_worker_do_all_that_they_have_to(scene, relay):
     assert {one.state for one in fan.get(timeout=60)} == {"done"}
     assert fan.progress() == (300, 300)
     assert relay.wake("nobody/waits", {"for": "it"}) == 0
+    assert scene.denied() == set()
+
+
+def test_a_listener_accepts_puts_aside_and_tells(scene, relay, tmp_path):
+    """Its stream lies in another Redis: what it may there is for that one to say."""
+    with Valkey() as broker:
+        sent = Redis.from_url(broker.url, decode_responses=True)
+        url = f"{broker.url}?stream=in&claim_after_s=0.5"
+        env = clean_env(DAGRELAY_REDIS_URL=scene.url("listener"), DAGRELAY_LISTEN_URL=url)
+        argv = [sys.executable, "-m", "producers.cli", "listen"]
+        listener = Process(argv, log=tmp_path / "listener", env=env, cwd=ROOT, name="listener")
+        try:
+            for number in range(3):
+                body = json.dumps({"dag_id": "sales", "key": f"l{number}", "reply_to": "replies"})
+                sent.xadd("in", {"data": body})
+            sent.xadd("in", {"data": "no JSON"})
+            until(lambda: sent.xlen("in.dead") == 1)
+            until(lambda: told(sent).count("ended") == 3)
+            assert told(sent).count("accepted") == 3
+        finally:
+            assert listener.stop() == 0
+        argv += ["--answers", "render"]
+        listener = Process(argv, log=tmp_path / "answers", env=env, cwd=ROOT, name="listener")
+        try:
+            sent.xadd("in", {"data": "{}", "correlation_id": "nobody"})
+            until(
+                lambda: (
+                    not sent.xpending("in", "dagrelay")["pending"] and sent.xinfo_groups("in")[0]["lag"] == 0
+                )
+            )
+        finally:
+            assert listener.stop() == 0
+    assert scene.denied() == set()
+
+
+def told(broker: Redis) -> list[str]:
+    """What a listener has told so far."""
+    return [json.loads(fields["data"])["what"] for _, fields in broker.xrange("replies")]
+
+
+def test_a_gateway_takes_what_it_has_to(scene, relay, tmp_path):
+    secret = {"DAGRELAY_CALLBACK_SECRET": "c" * 40}
+    with ExitStack() as stack:
+        service = stack.enter_context(FakeService())
+        gateway = stack.enter_context(GatewayProcess(scene.url("gateway"), tmp_path, **secret))
+        env = {"DAGRELAY_SERVICE_TRAIN": service.variable, **secret}
+        env["DAGRELAY_CALLBACK_URL"] = f"http://127.0.0.1:{gateway.port}"
+        scene.worker.stop()  # which knows no service
+        stack.callback(scene.worker.start)
+        connections = {"default": scene.airflow.conn_uri}
+        stack.enter_context(
+            Worker(scene.url("worker"), tmp_path, connections=connections, name="calls", alone=False, **env)
+        )
+        lines = b'{"dag_id": "sales"}\n{"dag_id": "sales"}\n'
+        fan = gateway.ask("POST", "/v1/fan-out", lines, Content_Type="application/x-ndjson")
+        run = gateway.run("sales")
+        again = gateway.run("sales", Idempotency_Key="one")
+        submit = {"path": "/jobs?ref={reference}", "body": {"callback": "{callback_url}"}, "job_id": "id"}
+        job = gateway.ask("POST", "/v1/jobs", {"service": "train", "submit": submit, "heartbeat_s": 60})
+        assert {one.status for one in (fan, run, again, job)} == {202}
+        until(lambda: service.posts)
+        path = "/v1/callbacks/" + str(service.posts[0][1]["callback"]).partition("/v1/callbacks/")[2]
+        for said in ({"state": "running", "progress": 5}, {"state": "done"}):
+            assert gateway.ask("POST", path, said, token=None).status == 202
+        assert relay.handle(job.body["id"]).get(timeout=30).state == "done"
+        for one in (fan, run, again):
+            until(lambda one=one: gateway.ask("GET", f"/v1/tasks/{one.body['id']}").body["state"] == "done")
+        assert gateway.ask("DELETE", f"/v1/tasks/{run.body['id']}").status == 409  # it has ended
     assert scene.denied() == set()
 
 

@@ -625,8 +625,8 @@ def test_answers_are_bounded_and_requests_to_a_service_are_not(broker, monkeypat
     """A service that is behind would else lose the jobs that were asked of it first."""
     monkeypatch.setattr("producers.queues.redis_stream.MOST_ANSWERS", 100)
     client = Redis.from_url(broker.url)
-    for receives, stream in ((True, "replies"), (False, "render-jobs")):
-        source = (source_for if receives else publisher_for)(f"{broker.url}?stream=s")
+    for keep_all, stream in ((False, "replies"), (True, "render-jobs")):
+        source = publisher_for(broker.url, keep_all=keep_all)
         for _ in range(400):
             source.publish(stream, b"{}", correlation_id=None, headers={})
         source.close()

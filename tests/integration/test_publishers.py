@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -247,7 +248,8 @@ def test_celery_node_calls_our_task_and_has_its_result(
 def test_go_asks_over_http_and_over_a_stream(
     listener: Process, valkey: Valkey, airflow: FakeAirflow, tmp_path: Path, request: pytest.FixtureRequest
 ):
-    go = os.environ.get("GO") or shutil.which("go")
+    ours = str(Path(sys.executable).parent)  # where the lock puts it
+    go = os.environ.get("GO") or shutil.which("go") or shutil.which("go", path=ours)
     need("go", bool(go), "install Go 1.22, or name it as GO")
     program = tmp_path / "publisher"
     env = {"GOFLAGS": "-mod=mod", "GOTOOLCHAIN": "local", "GOCACHE": str(STATE / "go")}

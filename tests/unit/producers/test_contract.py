@@ -236,6 +236,15 @@ def test_what_is_allowed_at_the_limits():
     assert TriggerRequest.from_message(sent).to_message() == {**sent, "v": VERSION}
 
 
+def test_a_refusal_is_one_short_line_whatever_the_keys_are():
+    """It is logged: a line break in a key would forge another line."""
+    for key in ("x\nforged", "y" * 100_000):
+        with pytest.raises(InvalidRequest, match="beyond 64 bits") as refused:
+            TriggerRequest("sales", {key: 2**70})
+        assert str(refused.value).isprintable()
+        assert len(str(refused.value)) < 300
+
+
 def test_a_conf_of_exactly_the_limit_is_taken_and_one_byte_more_is_not():
     frame = len(json.dumps({"a": ""}, separators=(",", ":")))
 

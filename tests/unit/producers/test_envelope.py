@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -194,6 +194,8 @@ def test_give_up_counts_from_when_the_request_is_due(nobody):
         ({"countdown": True}, "countdown: "),
         ({"eta": datetime(2030, 1, 1)}, "eta: give a datetime with its time zone"),
         ({"eta": CANARY}, "eta: "),
+        ({"eta": datetime.max.replace(tzinfo=timezone(timedelta(hours=-12)))}, "eta: is more than"),
+        ({"eta": datetime(9000, 1, 1, tzinfo=UTC)}, "eta: is more than a hundred years away"),
         ({"eta": datetime(2030, 1, 1, tzinfo=UTC), "countdown": 1}, "countdown and eta: give one"),
         ({"expires": 0}, "expires: "),
         ({"expires": datetime(2030, 1, 1)}, "expires: "),

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producers import errors
+from producers import errors, exits
 from producers.errors import DagrelayError, TaskFailed, error_from
 
 CLASSES = [
@@ -122,3 +122,14 @@ def test_no_arguments_of_another_release_keep_an_error_from_being_told(kind: str
     assert isinstance(back, DagrelayError)
     assert isinstance(str(back), str)
     repr(back)
+
+
+def test_a_command_that_is_not_allowed_ends_with_77(capsys):
+    @exits.told
+    def command() -> None:
+        raise errors.NotAllowed("dag_id: 'x' is not among those that you may start")
+
+    with pytest.raises(SystemExit) as ended:
+        command()
+    assert ended.value.code == 77
+    assert capsys.readouterr().err.startswith("dagrelay: dag_id: ")
