@@ -58,7 +58,7 @@ def nothing_is_lost_and_nothing_runs_twice(
         for body in answers():
             told: dict[str, Any] = json.loads(body)
             heard[told["correlation_id"]].add(told["what"])
-        return sum("ended" in whats for whats in heard.values()) == MESSAGES
+        return sum("ended" in words for words in heard.values()) == MESSAGES
 
     try:
         until(all_ended, timeout_s=150)
@@ -67,4 +67,4 @@ def nothing_is_lost_and_nothing_runs_twice(
     assert code == 0
     assert sorted(run["conf"]["n"] for run in airflow.runs.values()) == list(range(MESSAGES))
     # Those that the first had in hand when it was killed may hear at once how they ended.
-    assert sum("accepted" not in whats for whats in heard.values()) <= PREFETCH
+    assert sum("accepted" not in words for words in heard.values()) <= PREFETCH
