@@ -219,10 +219,12 @@ class Listener:
                 log.error("unreadable source=%s by=%s", self._source.name, where(exc))
                 bad.append((one, InvalidRequest(f"body: could not be read ({type(exc).__name__})")))
         taken = self._door.accept([item for _, _, item in good])
+        # What nothing names would be another request if it came again: it is not to wait for an answer's way.
+        self._done([one for one, order, _ in good if order.task_id is None])
         for (_, order, _), got in zip(good, taken, strict=True):
             if order.envelope.reply_to is not None:
                 self._tell_accepted(order, got.task_id, got.dag_run_id, got.new)
-        self._done([one for one, _, _ in good])
+        self._done([one for one, order, _ in good if order.task_id is not None])
         new = sum(one.new for one in taken)
         self.counts.accepted += new
         self.counts.repeated += len(taken) - new
@@ -365,8 +367,15 @@ def said_by(message: Incoming) -> tuple[str, Any]:
 
 
 def _name(one: Received) -> str:
-    """Return the name by which a message is counted; one without an id by what it is."""
-    return one.message.id or hashlib.sha1(one.message.body, usedforsecurity=False).hexdigest()
+    """Return the name by which a message is counted; one without an id by what it is.
+
+    A broker's id may be longer than Redis should keep, or half a surrogate pair, which it cannot take.
+    """
+    name = one.message.id
+    if name and len(name) <= 250 and name.isprintable():
+        return name
+    told = name.encode("utf-8", "surrogatepass") if name else one.message.body
+    return hashlib.sha1(told, usedforsecurity=False).hexdigest()
 
 
 def _wish(message: Incoming) -> tuple[str | None, str | None]:

@@ -54,7 +54,7 @@ from kombu import Connection
 from ..errors import ConfigurationError
 from .keeping import Keeper
 from .message import Incoming
-from .source import Received, SourceUnavailable, Undeliverable
+from .source import PlaceFull, Received, SourceUnavailable, Undeliverable
 from .urls import parsed
 
 FORM: Final = "amqp://user:password@host:5672/vhost?queue=dag-triggers"
@@ -76,7 +76,14 @@ MOST_HEADERS_BYTES: Final = 100_000
 
 # py-amqp raises AttributeError, KeyError too when a connection goes while it is used.
 _LOST: Final = (AMQPError, OSError, AttributeError, KeyError, struct.error)
-_NOT_DECODED: Final = (ValueError, OverflowError, FrameSyntaxError, struct.error, IndexError)
+_NOT_DECODED: Final = (
+    ValueError,
+    OverflowError,
+    FrameSyntaxError,
+    struct.error,
+    IndexError,
+    RecursionError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,10 +194,23 @@ class RabbitSource:
             self._connection.heartbeat_tick()
             taken = [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
             received = [self._received(raw) for raw in taken]
-        readable = [one for one in received if _UNREADABLE not in one.message.headers]
+        return self._readable_of(received)
+
+    def _readable_of(self, received: Sequence[Received]) -> Sequence[Received]:
+        """Refuse what could not be decoded. Where that fails it is tried again, and holds up no other."""
+        failed = None
         for one in received:
             if _UNREADABLE in one.message.headers:
-                self.refuse(one, f"properties: cannot be read ({one.message.headers[_UNREADABLE]})")
+                try:
+                    self.refuse(one, f"properties: cannot be read ({one.message.headers[_UNREADABLE]})")
+                except SourceUnavailable as exc:
+                    failed = exc
+                    if self._in_hand(one):
+                        self._waiting.append(one.handle.raw)
+        # With the connection all of them may have gone: they come again.
+        readable = [one for one in received if _UNREADABLE not in one.message.headers and self._in_hand(one)]
+        if failed is not None and not readable:
+            raise failed
         return readable
 
     def _gather(self, most: int, wait_s: float) -> None:
@@ -327,9 +347,10 @@ class RabbitSource:
         if not to or len(to.encode(errors="replace")) > 255:
             raise Undeliverable("a queue's name has 1 to 255 bytes")
         properties: dict[str, Any] = {"content_type": "application/json", "delivery_mode": 2}
-        if correlation_id is not None:
-            properties["correlation_id"] = correlation_id
         told = dict(headers)
+        if correlation_id is not None:
+            fits = len(correlation_id.encode(errors="replace")) <= 255  # a short string, as AMQP calls it
+            (properties if fits else told)["correlation_id"] = correlation_id
         for name, theirs in (("id", "message_id"), ("reply_to", "reply_to")):
             if name in told:  # AMQP has a place of its own for it
                 properties[theirs] = told.pop(name)
@@ -356,9 +377,7 @@ class RabbitSource:
                     confirm_timeout=ANSWER_S,
                 )
             except MessageNacked:
-                raise SourceUnavailable(
-                    f"RabbitMQ did not take a message for {queue!r}: it is full"
-                ) from None
+                raise PlaceFull(f"RabbitMQ did not take a message for {queue!r}: it is full") from None
             except ChannelError as exc:  # may not be written to, too large
                 self._close_publisher()
                 raise Undeliverable(f"RabbitMQ: {_words(exc)}") from None

@@ -285,6 +285,8 @@ class RedisStreams:
             except ResponseError as exc:
                 if str(exc).startswith("WRONGTYPE"):
                     raise Undeliverable("there is something else than a stream") from None
+                if str(exc).startswith("The stream has exhausted"):  # its last entry has the highest id
+                    raise Undeliverable("the stream takes no more entries") from None
                 raise
 
     def _check_place(self, to: str) -> None:

@@ -19,7 +19,8 @@ message_id           of a refusal: how the message was named
 What is not known is left out. *Accepted* and *refused* are told before the message is acknowledged, all else
 from the stream ``dagrelay:replies:<door>`` (see `stores.notices`), by whichever listener of that door reads
 it first; it is taken off there once the broker has it. So an answer may come twice, and *ended* may overtake
-*accepted*; none is lost while the door has a listener.
+*accepted*; none is lost while the door has a listener, and its place takes it. One exception: a message that
+nothing names is acknowledged before *accepted* is told, as it would be a second run if it came again.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from ..client import RelayClient, connect
 from ..stores.notices import replies_key
 from ..stores.records import RESULT_PREFIX, Record, Records
 from .redis_stream import LEAVE, begin_group, consumer_name, entries, forget_consumers
-from .source import Source, SourceUnavailable, Undeliverable
+from .source import PlaceFull, Source, SourceUnavailable, Undeliverable
 
 log = logging.getLogger("dagrelay.listen")
 
@@ -216,12 +217,15 @@ def result_of(redis: Any, task_id: str) -> dict[str, Any] | None:
 
 
 def publish(source: Source, to: str, body: bytes, correlation_id: str | None, task_id: str) -> None:
-    """Publish an answer; one that cannot be delivered is logged and let go. Raises SourceUnavailable."""
+    """Publish an answer; one that cannot be delivered is logged and let go. Raises SourceUnavailable.
+
+    So is one whose place is full: whoever reads no more there must not hold up all others.
+    """
     try:
         source.publish(
             to, body, correlation_id=correlation_id, headers={"task_id": task_id} if task_id else {}
         )
-    except Undeliverable as exc:
+    except (Undeliverable, PlaceFull) as exc:
         log.warning("answer undeliverable task_id=%s to=%r reason=%s", task_id, to, exc)
 
 

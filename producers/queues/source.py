@@ -27,6 +27,10 @@ class SourceUnavailable(Exception):
     """The broker does not answer, or refuses. The text says why, without a secret."""
 
 
+class PlaceFull(SourceUnavailable):
+    """The broker answers, and this one place takes nothing more for now; all others may."""
+
+
 class Undeliverable(Exception):
     """The broker answers, and there is no such place, or it may not be written to: to try again is no use."""
 
@@ -58,7 +62,7 @@ class Source(Protocol):
     ) -> None:
         """Send a JSON text to a place in this source's terms; return when the broker has it.
 
-        Raises Undeliverable too.
+        Raises Undeliverable too, and PlaceFull.
         """
 
     def close(self) -> None:

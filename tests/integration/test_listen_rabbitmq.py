@@ -6,10 +6,12 @@ import json
 import os
 import signal
 import socket
+import struct
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,14 @@ from local import rabbitmq as local_rabbitmq
 from local.process import ROOT, PartFailed, Process, clean_env
 from local.rabbitmq import RabbitMQ
 from local.valkey import Valkey
+from producers.client import RelayClient
+from producers.queues.listener import Listener
 from producers.queues.rabbitmq import RabbitSource
 from producers.queues.source import Received, SourceUnavailable, Undeliverable
+from producers.queues.sources import publisher_for, source_for
 from tests.fake_airflow import FakeAirflow
 from tests.integration import queue_doors
+from tests.integration.test_trigger import until
 from tests.parts import need
 
 pytestmark = pytest.mark.integration
@@ -296,6 +302,114 @@ def test_properties_that_cannot_be_read_stop_nothing(
     dead = foreign.take(f"{queue}.dead")
     assert dead.body == BODY
     assert "properties: cannot be read (ValueError: year" in dead.headers["x-dagrelay-reason"]
+
+
+def send_raw(foreign: Foreign, queue: str, properties: bytes) -> None:
+    """Publish with properties as they go over the wire: flags, then values."""
+    message: Any = amqp.Message(BODY)
+    message._serialize_properties = lambda: properties
+    foreign.channel.basic_publish(message, exchange="", routing_key=queue)
+
+
+def test_headers_nested_deeper_than_anybody_can_read_stop_nothing(
+    source: RabbitSource, foreign: Foreign, queue: str
+) -> None:
+    table = b""
+    for _ in range(5000):
+        table = b"\x01aF" + struct.pack(">I", len(table)) + table
+    send_raw(foreign, queue, struct.pack(">HI", 1 << 13, len(table)) + table)
+    foreign.send(queue, message_id="good")
+    assert [one.message.id for one in take(source, 1)] == ["good"]
+    assert (
+        "properties: cannot be read (Recursion" in foreign.take(f"{queue}.dead").headers["x-dagrelay-reason"]
+    )
+
+
+def test_what_cannot_be_read_waits_for_its_dead_queue_and_holds_up_no_other(
+    source: RabbitSource, foreign: Foreign, queue: str
+) -> None:
+    full(foreign, f"{queue}.dead")
+    send_raw(foreign, queue, struct.pack(">H", 1 << 7) + b"\x02\xff\xfe")  # a message_id that is no UTF-8
+    foreign.send(queue, message_id="good")
+    good: list[Received] = []
+    give_up = time.monotonic() + 15
+    while not good and time.monotonic() < give_up:
+        with suppress(SourceUnavailable):
+            good = list(source.receive(10, 0.2))
+    assert [one.message.id for one in good] == ["good"]
+    source.done(good)
+    with pytest.raises(SourceUnavailable, match="it is full"):
+        source.receive(10, 0)
+
+    foreign.channel.queue_delete(f"{queue}.dead")
+
+    assert source.receive(10, 0) == []
+    assert "properties: cannot be read" in foreign.take(f"{queue}.dead").headers["x-dagrelay-reason"]
+
+
+def full(foreign: Foreign, queue: str) -> None:
+    """Make a queue that takes no more."""
+    foreign.channel.queue_delete(queue)
+    arguments = {"x-max-length": 1, "x-overflow": "reject-publish"}
+    foreign.channel.queue_declare(queue, durable=True, auto_delete=False, arguments=arguments)
+    foreign.send(queue)
+
+
+@contextmanager
+def listening(url: str, relay: RelayClient) -> Iterator[Listener]:
+    stop, found = threading.Event(), Listener(source_for(url), relay, publisher=publisher_for(url))
+    thread = threading.Thread(target=found.run, args=(stop,))
+    thread.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_no_answer_and_no_name_that_a_sender_chose_holds_up_the_others(
+    source: RabbitSource, broker: RabbitMQ, foreign: Foreign, queue: str, relay: RelayClient
+) -> None:
+    source.close()
+    replies = f"replies.{queue}"
+    foreign.channel.queue_declare(replies, durable=True, auto_delete=False)
+    full(foreign, f"{replies}.full")
+    long = "\u20ac" * 250  # 750 bytes, and AMQP has 255 for it
+    foreign.send(queue, json.dumps({"dag_id": "sales", "reply_to": replies, "correlation_id": long}))
+    foreign.send(queue, reply_to=f"{replies}.full")
+    foreign.send(queue, message_id="half a pair \ud800")
+    foreign.send(queue)
+
+    with listening(f"{broker.url}?queue={queue}", relay) as listener:
+        until(lambda: listener.counts.accepted + listener.counts.repeated >= 4, timeout_s=20)
+        foreign.until_ready(queue, 0)
+
+    assert (listener.counts.accepted, listener.counts.repeated) == (4, 0)
+    assert relay.redis.llen("triggers") == 4  # none of them twice, though nothing names three of them
+    answer = foreign.take(replies)
+    assert json.loads(answer.body)["correlation_id"] == long
+    assert answer.headers["correlation_id"] == long
+
+
+def test_where_answers_do_not_get_through_what_nothing_names_is_accepted_once(
+    source: RabbitSource, broker: RabbitMQ, foreign: Foreign, queue: str, relay: RelayClient, monkeypatch
+) -> None:
+    source.close()
+
+    def away(*_: Any, **__: Any) -> None:
+        raise SourceUnavailable("it reads nothing from those that publish")
+
+    monkeypatch.setattr(RabbitSource, "publish", away)
+    foreign.send(queue, reply_to="replies.x")
+    foreign.send(queue, message_id="named", reply_to="replies.x")
+
+    with listening(f"{broker.url}?queue={queue}", relay):
+        foreign.until_ready(queue, 0)
+        until(lambda: int(relay.redis.llen("triggers")) >= 2)
+        time.sleep(2)  # time enough to be delivered again
+
+    assert relay.redis.llen("triggers") == 2
+    foreign.until_ready(queue, 1)  # the one with a name waits for its answer
 
 
 def test_answers_are_confirmed(source: RabbitSource, foreign: Foreign) -> None:

@@ -494,6 +494,15 @@ def test_no_sender_writes_into_what_is_ours_even_where_answers_may_go_anywhere(
     assert "answer undeliverable" in caplog.text
 
 
+def test_a_place_that_can_take_no_more_answers_holds_up_nobody(stream, listen, caplog):
+    stream.xadd("replies.over", {"a": "b"}, id=f"{2**64 - 1}-{2**64 - 1}")
+    listener = listen()
+    send(stream, reply_to="replies.over")
+    send(stream, id="x" * 1000)
+    until(lambda: listener.counts.accepted == 2 and pending(stream) == 0)
+    assert "answer undeliverable" in caplog.text
+
+
 def test_answers_of_a_service_wake_who_waits_for_them(stream, relay, listen):
     relay.waits.register("t1", [answer_key("render", "c-1"), answer_key("render", "c-2")], 60)
     listener = listen(answers="render")
