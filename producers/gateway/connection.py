@@ -1,6 +1,7 @@
 """One connection: a head that comes too slowly, or is too long, is cut off; uvicorn would wait for ever.
 
-Its body, and everything after it, is the application's business (see `front`).
+So is what comes once the answer is given: the rest of a body that nobody reads. A body that is read is the
+application's business (see `front`).
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class Connection(HttpToolsProtocol):
                 self._refuse(431, f"the head is over the limit of {MOST_HEAD_BYTES} bytes")
             elif self._timer is None:
                 self._wait()
+        elif self._timer is None and self.cycle is not None and self.cycle.response_complete:
+            self._wait()  # whatever comes ends uvicorn's own time for the next request, and no other begins
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -69,6 +72,8 @@ class Connection(HttpToolsProtocol):
     def _too_slow(self) -> None:
         if self._answering:
             self._wait()
+        elif not self._in_head:
+            self.transport.close()
         else:
             self._refuse(408, "the head was not there whole in time")
 

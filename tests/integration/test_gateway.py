@@ -293,6 +293,26 @@ def test_a_slow_head_is_cut_off_on_a_connection_that_was_used(gateway, redis):
         assert line.recv(4000).startswith(b"HTTP/1.1 408 ")
 
 
+@pytest.mark.parametrize(
+    ("sent", "more"),
+    [
+        (b"POST /v1/jobs HTTP/1.1\r\nHost: a\r\nContent-Length: 9000\r\n\r\n", b"x"),
+        (b"GET /livez HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n", b"5\r\nx"),
+        (b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n", b"\r\n"),
+    ],
+)
+def test_who_goes_on_sending_after_the_answer_is_cut_off(gateway, redis, sent, more):
+    with gateway.connect() as line:
+        line.sendall(sent)
+        answer = b""
+        while not answer.endswith(b"}"):
+            answer += line.recv(4000)
+        began = time.monotonic()
+        line.sendall(more)
+        assert line.recv(4000) == b""
+        assert time.monotonic() - began < 15
+
+
 def test_a_head_without_end_and_what_is_no_http_are_cut_off(gateway, redis):
     with gateway.connect() as line, contextlib.suppress(OSError):  # reset, or a pipe that is broken
         line.sendall(b"GET /livez HTTP/1.1\r\n")
