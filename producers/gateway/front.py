@@ -34,6 +34,12 @@ PROVE_THEMSELVES: Final = ("/v1/callbacks/", "/v1/webhooks/")
 FAN_OUT: Final = "/v1/fan-out"
 
 UNAUTHENTICATED: Final = "give a key: `Authorization: Bearer <token>`"
+SPARE_BODIES_BYTES: Final = 128 * 1024 * 1024
+"""Of all bodies that a process holds at once, beside those of two fan-outs."""
+
+UNPROVEN_BODIES: Final = 32
+"""So many of the largest size are held of those without a key: a signature is of the whole body."""
+
 BUSY: Final = "too many requests at once: the request was not taken, send it again"
 
 
@@ -44,7 +50,10 @@ class Front:
         self._app, self._gateway, self._settings = app, gateway, gateway.settings
         self._access = access
         self._limits = Limits(1 / gateway.settings.workers)
-        self._in_flight = 0
+        self._in_flight = self._unproven = 0
+        settings = gateway.settings
+        self._room = _Room(SPARE_BODIES_BYTES + 2 * max(settings.max_fan_out_bytes, settings.max_body_bytes))
+        self._unproven_room = _Room(UNPROVEN_BODIES * settings.max_body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -52,10 +61,14 @@ class Front:
             return
         began = time.perf_counter()
         answer = _Answer(send)
+        unproven = scope["path"].startswith(PROVE_THEMSELVES)
+        room = self._unproven_room if unproven else self._room
+        body = _Body(receive, room, self._settings.body_timeout_s)
         self._in_flight += 1
+        self._unproven += unproven
         try:
-            self._admit(scope, answer)
-            body = _Body(receive, self._most_bytes(scope), self._settings.body_timeout_s)
+            self._admit(scope, answer, unproven)
+            body.most = self._most_bytes(scope)
             await self._app(scope, body, answer)
         except Problem as problem:
             await answer.refuse(problem, scope, receive)
@@ -72,6 +85,8 @@ class Front:
             )
         finally:
             self._in_flight -= 1
+            self._unproven -= unproven
+            body.let_go()
             self._tell(scope, answer.status, time.perf_counter() - began)
 
     def _tell(self, scope: Scope, status: int, took_s: float) -> None:
@@ -83,14 +98,17 @@ class Front:
             f"ms={took_s * 1e3:.1f}"
         )
 
-    def _admit(self, scope: Scope, answer: _Answer) -> None:
+    def _admit(self, scope: Scope, answer: _Answer, unproven: bool) -> None:
         """Find out who asks. Raises Problem."""
         path = scope["path"]
         if path in OPEN:
             return
         if self._in_flight > self._settings.max_in_flight + self._settings.max_streams:
-            raise Problem(503, BUSY, headers={"Retry-After": str(RETRY_AFTER_S)})
-        if path.startswith(PROVE_THEMSELVES):
+            raise _busy()
+        if unproven:
+            # Half of the places: whoever holds no key cannot keep those out who do.
+            if self._unproven > max(1, self._settings.max_in_flight // 2):
+                raise _busy()
             return
         key = self._key(scope)
         scope.setdefault("state", {})["key"] = key
@@ -136,23 +154,45 @@ def _too_large(most: int) -> Problem:
     )
 
 
+def _busy() -> Problem:
+    return Problem(503, BUSY, headers={"Retry-After": str(RETRY_AFTER_S), "Connection": "close"})
+
+
 def _refuse_browsers(scope: Scope) -> None:
     """Raise Problem for what a page in this machine's browser may have sent, where no key is asked for."""
     for name, value in scope["headers"]:
         if name == b"origin" or (name == b"sec-fetch-site" and value not in (b"none", b"same-origin")):
             raise Problem(403, "without keys no page of a browser may ask: start the gateway with keys")
-        if name == b"host" and not is_loopback(urlsplit(f"//{value.decode('latin-1')}").hostname or ""):
+        if name == b"host" and not is_loopback(_host_in(value)):
             raise Problem(403, "host: without keys the gateway is 127.0.0.1, ::1 or localhost")
 
 
+def _host_in(header: bytes) -> str:
+    try:
+        return urlsplit(f"//{header.decode('latin-1')}").hostname or ""
+    except ValueError:
+        return ""
+
+
+class _Room:
+    """How many bytes of bodies there is still room for."""
+
+    __slots__ = ("left",)
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+
 class _Body:
-    """A body as it comes in, held to its size and its time."""
+    """A body as it comes in, held to its size and its time, and all of them to the room for them."""
 
-    __slots__ = ("_deadline", "_left", "_most", "_receive", "_timeout_s", "_whole")
+    __slots__ = ("_deadline", "_held", "_receive", "_room", "_timeout_s", "_whole", "most")
 
-    def __init__(self, receive: Receive, most: int, timeout_s: float) -> None:
-        self._receive, self._most, self._left = receive, most, most
-        self._timeout_s = timeout_s
+    def __init__(self, receive: Receive, room: _Room, timeout_s: float) -> None:
+        self._receive, self._room, self._timeout_s = receive, room, timeout_s
+        self.most = 0
+        """How long it may be."""
+        self._held = 0
         self._deadline: float | None = None
         self._whole = False
 
@@ -172,11 +212,20 @@ class _Body:
                 headers={"Connection": "close"},
             ) from None
         if message["type"] == "http.request":
-            self._left -= len(message.get("body", b""))
-            if self._left < 0:
-                raise _too_large(self._most)
+            size = len(message.get("body", b""))
+            self._held += size
+            self._room.left -= size
+            if self._held > self.most:
+                raise _too_large(self.most)
+            if self._room.left < 0:
+                raise _busy()
             self._whole = not message.get("more_body", False)
         return message
+
+    def let_go(self) -> None:
+        """Give back the room that it took."""
+        self._room.left += self._held
+        self._held = 0
 
 
 class _Answer:

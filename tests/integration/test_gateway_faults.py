@@ -129,6 +129,39 @@ def test_streams_have_their_number_and_who_goes_gives_a_place(tmp_path):
         until(there_is_a_place)
 
 
+UNFINISHED = b"POST /v1/webhooks/none HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n"
+
+
+def test_who_has_no_key_keeps_nobody_out_who_has(tmp_path):
+    env = {"DAGRELAY_GATEWAY_MAX_IN_FLIGHT": "8", "DAGRELAY_GATEWAY_MAX_STREAMS": "2"}
+    with Valkey() as valkey, GatewayProcess(valkey.url, tmp_path, **env) as gateway:
+        lines = [gateway.connect() for _ in range(20)]
+        for line in lines:
+            line.sendall(UNFINISHED)
+        until(lambda: gateway.text().count("status=503") == 16)
+        assert gateway.run().status == 202
+        for line in lines:
+            line.close()
+
+
+def test_bodies_of_who_has_no_key_have_their_room_and_no_more(tmp_path):
+    env = {"DAGRELAY_GATEWAY_MAX_BODY_BYTES": "1000"}
+    with Valkey() as valkey, GatewayProcess(valkey.url, tmp_path, **env) as gateway:
+        lines = [gateway.connect() for _ in range(40)]
+        for line in lines:
+            line.sendall(UNFINISHED + b"x" * 999)
+        until(lambda: gateway.text().count("status=503") == 40 - 32_000 // 999)
+        assert gateway.run().status == 202
+        for line in lines:
+            line.close()
+
+        def has_room_again() -> bool:
+            answer = gateway.ask("POST", "/v1/webhooks/none", b"x" * 900, token=None)
+            return answer.status == 401
+
+        until(has_room_again)
+
+
 def test_several_processes_share_one_port(tmp_path):
     with Valkey() as valkey, GatewayProcess(valkey.url, tmp_path, "--workers", "2") as gateway:
         answers = {gateway.run(Idempotency_Key='"k"').raw for _ in range(20)}
@@ -171,5 +204,6 @@ def test_without_keys_it_is_for_this_machine_and_no_page_of_its_browser(tmp_path
                 {"Origin": "http://127.0.0.1"},
                 {"Sec_Fetch_Site": "cross-site"},
                 {"Host": "evil.example:80"},
+                {"Host": "["},
             ):
                 assert gateway.run(token=None, **headers).status == 403, headers
