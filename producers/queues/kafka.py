@@ -189,7 +189,8 @@ class KafkaSource:
         if partition is None:  # taken from us between two messages of this batch
             return None
         partition.hand[raw.offset()] = False
-        headers = {name.lower(): _text(value) for name, value in raw.headers() or [] if value is not None}
+        given = _headers(raw)
+        headers = {name.lower(): _text(value) for name, value in given or [] if value is not None}
         kind, at = raw.timestamp()
         # With the time: a topic that was deleted and made anew begins at offset 0 again.
         when = f"-{at}" if kind != TIMESTAMP_NOT_AVAILABLE else ""
@@ -200,6 +201,7 @@ class KafkaSource:
             headers=headers,
             reply_to=headers.get("reply_to") or None,
             correlation_id=headers.get("correlation_id") or None,
+            problem="headers: a name is no UTF-8" if given is None else None,
         )
         return Received(message, _Handle(partition.time, raw))
 
@@ -292,7 +294,7 @@ class KafkaSource:
                 (FROM, f"{self.topic}-{raw.partition()}-{raw.offset()}".encode()),
             ]
             # Whole if the dead topic takes it so; the last resort is where it lies.
-            tries = [(raw.value(), [*(raw.headers() or []), *told]), (raw.value(), told), (b"", told)]
+            tries = [(raw.value(), [*(_headers(raw) or []), *told]), (raw.value(), told), (b"", told)]
             for last, (body, headers) in zip((False, False, True), tries, strict=True):
                 try:
                     self._send(self.dead, body, headers, key=raw.key())
@@ -429,6 +431,14 @@ def _config(environ: Mapping[str, str], mistakes: list[str]) -> dict[str, Any]:
         elif not isinstance(value, str | int | float):
             mistakes.append(f"{name}: {key[:60]} is neither text nor a number nor true or false")
     return found
+
+
+def _headers(raw: Any) -> list[Any] | None:
+    """Return a message's headers, None where they cannot be read: confluent-kafka fails for odd names."""
+    try:
+        return raw.headers() or []
+    except (SystemError, UnicodeDecodeError):
+        return None
 
 
 def _text(value: Any) -> str:

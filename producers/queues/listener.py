@@ -356,6 +356,8 @@ def said_by(message: Incoming) -> tuple[str, Any]:
 
     Raises InvalidRequest.
     """
+    if message.problem is not None:
+        raise InvalidRequest(message.problem)
     if len(message.body) > MAX_MESSAGE_BYTES:
         raise InvalidRequest(f"body: is over the limit of {MAX_MESSAGE_BYTES} bytes")
     said = json_value(message.body)

@@ -100,7 +100,8 @@ class Incoming:
     """One message as a door has got it.
 
     `id` is the name by which it comes again when it is delivered again: the sender's, where its protocol has
-    one, else the broker's; None where it has none. Header names are in lower case, values text.
+    one, else the broker's; None where it has none. Header names are in lower case, values text. `problem` is
+    why it is refused without being read: the door could not make out all of it.
     """
 
     body: bytes
@@ -109,6 +110,7 @@ class Incoming:
     headers: Mapping[str, str] = field(default_factory=dict)
     reply_to: str | None = None
     correlation_id: str | None = None
+    problem: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +175,8 @@ def read(message: Incoming, *, door: str, routes: Routes | None = None) -> Order
     Raises InvalidRequest, whose text names what is wrong and what would be right, and holds no value of the
     message's conf; nothing else, whatever the bytes are. It is one line of printable text.
     """
+    if message.problem is not None:
+        raise InvalidRequest(message.problem)
     if len(message.body) > MAX_MESSAGE_BYTES:
         raise InvalidRequest(
             f"body: is {len(message.body)} bytes, over the limit of {MAX_MESSAGE_BYTES}: "

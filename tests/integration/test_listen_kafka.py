@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -13,12 +14,16 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import confluent_kafka
 import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
 
 from local.process import ROOT, Process, clean_env
 from local.valkey import Valkey
+from producers.errors import InvalidRequest
 from producers.queues.kafka import KafkaSource
+from producers.queues.listener import said_by
+from producers.queues.message import read
 from producers.queues.source import Received, SourceUnavailable, Undeliverable
 from tests.fake_airflow import FakeAirflow
 from tests.integration import queue_doors
@@ -206,6 +211,49 @@ def test_a_refused_message_lies_in_the_dead_topic_whole(
         "dagrelay_from": f"{topic}-0-0".encode(),
     }
     assert committed(kafka, topic) == 1
+
+
+def send_with_header(hosts: str, topic: str, name: bytes) -> None:
+    """Publish with a header name that confluent-kafka itself cannot write: librdkafka can."""
+    (path,) = (Path(confluent_kafka.__file__).parent.parent / "confluent_kafka.libs").glob("librdkafka-*")
+    library = ctypes.CDLL(str(path))
+    for function in (library.rd_kafka_conf_new, library.rd_kafka_new, library.rd_kafka_headers_new):
+        function.restype = ctypes.c_void_p
+    pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
+    why = ctypes.create_string_buffer(512)
+    config = pointer(library.rd_kafka_conf_new())
+    library.rd_kafka_conf_set(config, b"bootstrap.servers", hosts.encode(), why, size(512))
+    producer = pointer(library.rd_kafka_new(0, config, why, size(512)))
+    headers = pointer(library.rd_kafka_headers_new(size(1)))
+    library.rd_kafka_header_add(headers, name, ctypes.c_ssize_t(len(name)), b"v", ctypes.c_ssize_t(1))
+    where = (
+        number(1),
+        topic.encode(),
+        number(3),
+        ctypes.c_int32(0),
+    )  # topic and partition, by rdkafka.h's tags
+    what = (number(4), BODY, size(len(BODY)), number(7), number(2), number(10), headers)  # value, copied
+    assert library.rd_kafka_producev(producer, *where, *what, number(0)) == 0
+    assert library.rd_kafka_flush(producer, 10_000) == 0
+    library.rd_kafka_destroy(producer)
+
+
+def test_a_header_name_that_cannot_be_read_is_refused_and_stops_no_partition(
+    kafka: KafkaMock, source_of: Callable[..., KafkaSource], send: Callable[..., None], topic: str
+) -> None:
+    send()
+    send_with_header(kafka.hosts, topic, b"\xff\xfe")
+    send()
+    source = source_of()
+    before, odd, after = take(source, 3)
+    source.done([before, after])
+    with pytest.raises(InvalidRequest, match="headers: a name is no UTF-8"):
+        read(odd.message, door="d")
+    with pytest.raises(InvalidRequest, match="headers: a name is no UTF-8"):
+        said_by(odd.message)
+    source.refuse(odd, "headers: a name is no UTF-8")
+    assert read_topic(kafka, f"{topic}.dead").value() == BODY
+    assert committed(kafka, topic) == 3
 
 
 def test_answers_are_confirmed(kafka: KafkaMock, source_of: Callable[..., KafkaSource]) -> None:
