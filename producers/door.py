@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -82,6 +83,8 @@ class Batches:
         self._door = door
         self._gathered: list[tuple[Accepted, asyncio.Future[Taken]]] = []
         self._sending: asyncio.Task[None] | None = None
+        # The client of `.delay()` blocks, and the event loop's own threads may all be waiting.
+        self._thread = ThreadPoolExecutor(1, "dagrelay-batches")
 
     async def accept(self, item: Accepted) -> Taken:
         """Return when it is in Redis. Raises BrokerUnavailable."""
@@ -98,8 +101,8 @@ class Batches:
                 waiting = [(item, future) for item, future in batch if not future.cancelled()]
                 items = [item for item, _ in waiting]
                 try:
-                    # In this process's own threads: the client of `.delay()` blocks.
-                    taken = await asyncio.to_thread(self._door.accept, items)
+                    loop = asyncio.get_running_loop()
+                    taken = await loop.run_in_executor(self._thread, self._door.accept, items)
                 except Exception as exc:  # noqa: BLE001 - each of them is to hear of it
                     for _, future in waiting:
                         if not future.done():

@@ -8,11 +8,13 @@ to its limits on the way (see `front`).
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -28,6 +30,12 @@ if TYPE_CHECKING:
 
 PROBLEM_JSON: Final = "application/problem+json"
 RETRY_AFTER_S: Final = 1
+
+THREAD_WITHIN_S: Final = 2.0
+"""While Redis gives no answer at all each call holds a thread for a second: what has waited for so long for
+one is told to come again, or the last of a thousand would hear nothing for minutes."""
+
+Found = TypeVar("Found")
 
 NOT_THERE: Final = "there is no such request, or it ended more than 14 days ago"
 
@@ -53,6 +61,21 @@ def gateway_of(request: Request) -> Gateway:
     """Return the gateway that a request came to."""
     found: Gateway = request.app.state.gateway
     return found
+
+
+async def in_thread(function: Callable[..., Found], *args: Any) -> Found:
+    """Return what a function that speaks to Redis returns, and raise what it raises.
+
+    Raises BrokerUnavailable, and has not called it, where no thread was free for it in time.
+    """
+    asked_at = time.monotonic()
+
+    def call() -> Found:
+        if time.monotonic() - asked_at > THREAD_WITHIN_S:
+            raise BrokerUnavailable("no thread was free for a call: they wait for Redis")
+        return function(*args)
+
+    return await asyncio.to_thread(call)
 
 
 def key_of(request: Request) -> Key:

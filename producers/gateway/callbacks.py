@@ -5,7 +5,6 @@ A token that was never signed, one that is over and one that nobody waits for ar
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from typing import Any, Final
@@ -19,7 +18,7 @@ from ..queues.message import json_value
 from ..stores.answers import progress_in, read_wake, rules_of
 from ..stores.callbacks import Became, Callbacks, Expected, Secrets, What, read_secrets
 from ..stores.heard import heard
-from .base import PROBLEM_JSON, RETRY_AFTER_S, Problem, as_json, gateway_of
+from .base import PROBLEM_JSON, RETRY_AFTER_S, Problem, as_json, gateway_of, in_thread
 from .settings import GatewaySettings
 
 log = logging.getLogger(__name__)
@@ -85,7 +84,7 @@ async def callback(request: Request, token: str) -> Response:
         raise Problem(404, UNKNOWN)
     body = await request.body()
     try:
-        became = await asyncio.to_thread(_take, gateway.relay, token, body)
+        became = await in_thread(_take, gateway.relay, token, body)
     except BrokerUnavailable as exc:
         log.warning("callback not taken task_id=%s: %s", task_id, exc)
         raise Problem(

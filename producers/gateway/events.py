@@ -6,7 +6,6 @@ comes again is the same request, whatever it says the second time.
 
 from __future__ import annotations
 
-import asyncio
 from typing import Final
 
 from fastapi import APIRouter, Request
@@ -17,7 +16,7 @@ from ..errors import InvalidRequest, NotAllowed
 from ..keys import Key
 from ..queues.message import CLOUD_EVENT_JSON, Incoming, Order, json_value, read
 from . import schemas
-from .base import Gateway, Problem, as_json, asked_by, gateway_of, key_of
+from .base import Gateway, Problem, as_json, asked_by, gateway_of, in_thread, key_of
 from .runs import accept, door_of, told, trace_headers
 
 BATCH_JSON: Final = "application/cloudevents-batch+json"
@@ -85,5 +84,5 @@ async def _take_batch(gateway: Gateway, key: Key, body: bytes, trace: dict[str, 
     if wrong:
         detail = f"event {wrong[0]['index']}: {wrong[0]['detail']}"
         raise Problem(status, f"{detail}; nothing was taken, `errors` has the wrong events", errors=wrong)
-    taken: list[Taken] = await asyncio.to_thread(gateway.door.accept, items)
+    taken: list[Taken] = await in_thread(gateway.door.accept, items)
     return taken

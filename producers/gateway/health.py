@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from ..client import RelayClient, told_as_unavailable
 from ..errors import BrokerUnavailable
 from . import schemas
-from .base import RETRY_AFTER_S, Problem, as_json, gateway_of
+from .base import RETRY_AFTER_S, Problem, as_json, gateway_of, in_thread
 
 ASK_EVERY_S: Final = 1.0
 """Redis is not asked more often than this, whoever asks us."""
@@ -35,7 +35,7 @@ def router() -> APIRouter:
         nonlocal known
         async with lock:
             if time.monotonic() - known[0] >= ASK_EVERY_S:
-                answers = await asyncio.to_thread(_answers, gateway_of(request).relay)
+                answers = await in_thread(_answers, gateway_of(request).relay)
                 known = (time.monotonic(), answers)
         if not known[1]:
             raise Problem(503, "Redis does not answer", headers={"Retry-After": str(RETRY_AFTER_S)})

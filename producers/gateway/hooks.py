@@ -6,7 +6,6 @@ what there is.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import logging
 import time
@@ -31,7 +30,7 @@ from ..webhooks import (
     verify,
     wake_key,
 )
-from .base import PROBLEM_JSON, Gateway, Problem, as_json, gateway_of
+from .base import PROBLEM_JSON, Gateway, Problem, as_json, gateway_of, in_thread
 from .settings import GatewaySettings
 
 log = logging.getLogger(__name__)
@@ -182,7 +181,7 @@ async def _wake(gateway: Gateway, hook: Webhook, delivery: Delivery) -> Response
                 redis.set(mark, "1", ex=WOKEN_KEPT_S)
             return woken
 
-    woken = await asyncio.to_thread(wake)
+    woken = await in_thread(wake)
     log.info("webhook name=%s woken=%s", hook.name, "before" if woken is None else woken)
     return _taken({"woken": woken or 0, "repeated": woken is None})
 

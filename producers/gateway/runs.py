@@ -19,7 +19,7 @@ from ..queues.message import Incoming, Order, json_object, order_of, task_id_for
 from ..stores.envelope import trace_of
 from ..stores.records import record_key
 from . import schemas
-from .base import Gateway, Problem, as_json, asked_by, gateway_of, key_of
+from .base import Gateway, Problem, as_json, asked_by, gateway_of, in_thread, key_of
 from .idempotency import IN_PROGRESS, REUSED, check_same, digest, fingerprint, idempotency_key
 
 NDJSON: Final = "application/x-ndjson"
@@ -71,7 +71,7 @@ def router() -> APIRouter:
         try:
             async with reading:
                 body = await request.body()
-                taken = await asyncio.to_thread(_take_fan_out, gateway, key, body, fan_out_id, options)
+                taken = await in_thread(_take_fan_out, gateway, key, body, fan_out_id, options)
         finally:
             being_taken.discard(fan_out_id or "")
         return _accepted(request, taken)
@@ -132,7 +132,7 @@ async def accept(gateway: Gateway, key: Key, order: Order, *, compare: bool) -> 
     taken = await gateway.batches.accept(item)
     if taken.new:
         return taken
-    return await asyncio.to_thread(_known, gateway.relay, taken, more.get("fingerprint"))
+    return await in_thread(_known, gateway.relay, taken, more.get("fingerprint"))
 
 
 def _known(relay: RelayClient, taken: Taken, asked: str | None) -> Taken:

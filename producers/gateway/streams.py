@@ -15,6 +15,7 @@ from typing import Any, Final
 from ..client import RelayClient, told_as_unavailable
 from ..errors import BrokerUnavailable
 from ..stores.records import Record, record_key
+from .base import in_thread
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class Streams:
     async def _look_on(self) -> None:
         while self._followers:
             try:
-                newer = await asyncio.to_thread(self._changed, list(self._followers))
+                newer = await in_thread(self._changed, list(self._followers))
             except BrokerUnavailable:
                 newer = []  # whoever follows hears of it when it is back
             for found in newer:

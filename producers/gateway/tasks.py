@@ -20,7 +20,7 @@ from ..scopes import ALL
 from ..stores.fan_outs import FanOuts
 from ..stores.records import ENDED, Record
 from . import schemas
-from .base import NOT_THERE, RETRY_AFTER_S, Gateway, Problem, as_json, asked_by, gateway_of, key_of
+from .base import NOT_THERE, RETRY_AFTER_S, Gateway, Problem, as_json, asked_by, gateway_of, in_thread, key_of
 from .streams import Streams
 
 INSTANTS: Final = (
@@ -46,7 +46,7 @@ def router(streams: Streams) -> APIRouter:
     async def status(request: Request, task_id: str) -> Response:
         """Return how a request stands, and what happened to it so far."""
         _check_may_read(key_of(request))
-        found, history = await asyncio.to_thread(_look, gateway_of(request), key_of(request), task_id)
+        found, history = await in_thread(_look, gateway_of(request), key_of(request), task_id)
         past = timeline(found, history)
         told = shown(found) | {"history": [{"at": instant(at), "what": what} for at, what in past]}
         return Response(as_json(told), media_type="application/json")
@@ -57,7 +57,7 @@ def router(streams: Streams) -> APIRouter:
         key = key_of(request)
         if not key.may_cancel:
             raise Problem(403, "this key may not cancel: that takes one with may_cancel = true")
-        state = await asyncio.to_thread(_cancel, gateway_of(request), key, task_id)
+        state = await in_thread(_cancel, gateway_of(request), key, task_id)
         if state in ("done", "failed"):
             raise Problem(409, f"the request has ended as {state}: there is nothing to cancel", state=state)
         return Response(as_json({"id": task_id, "state": state}), 202, media_type="application/json")
@@ -67,7 +67,7 @@ def router(streams: Streams) -> APIRouter:
         """Follow a request until it ends, by server-sent events."""
         gateway, key = gateway_of(request), key_of(request)
         _check_may_read(key)
-        found, _ = await asyncio.to_thread(_look, gateway, key, task_id)
+        found, _ = await in_thread(_look, gateway, key, task_id)
         seen = request.headers.get("last-event-id")
         if found.ended and seen == event_id(found):
             return Response(status_code=204)  # by which an EventSource ends its asking

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import signal
 import subprocess
 import threading
 import time
@@ -127,6 +129,27 @@ def test_streams_have_their_number_and_who_goes_gives_a_place(tmp_path):
                 return bool(read_events(line, 1))
 
         until(there_is_a_place)
+
+
+def test_while_redis_is_frozen_everybody_hears_so_within_seconds(tmp_path):
+    with Valkey() as valkey, GatewayProcess(valkey.url, tmp_path) as gateway:
+        path = gateway.run().headers["location"]
+        os.kill(valkey.pid, signal.SIGSTOP)
+        try:
+
+            def timed(ask) -> float:
+                began = time.monotonic()
+                assert ask().status == 503
+                return time.monotonic() - began
+
+            with ThreadPoolExecutor(101) as many:
+                looks = [many.submit(timed, lambda: gateway.ask("GET", path)) for _ in range(100)]
+                until(lambda: gateway.text().count("status=503") >= 1)
+                assert timed(gateway.run) < 4  # in its own thread: for no look's sake
+                assert max(look.result() for look in looks) < 8
+        finally:
+            os.kill(valkey.pid, signal.SIGCONT)
+        until(lambda: gateway.run().status == 202)
 
 
 UNFINISHED = b"POST /v1/webhooks/none HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n"
