@@ -91,7 +91,10 @@ class Streams:
         changed = []
         for task_id, value in zip(task_ids, values, strict=True):
             if self._last.get(task_id) != value:
-                found = self._relay.record(task_id)
+                try:
+                    found = self._relay.record(task_id)
+                except BrokerUnavailable:
+                    break  # those before it are told; this one and those after it at the next look
                 if found is not None:
                     changed.append(found)
                 self._last[task_id] = value

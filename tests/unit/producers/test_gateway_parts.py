@@ -6,12 +6,14 @@ import io
 
 import pytest
 
-from producers.errors import ConfigurationError
+from producers.errors import BrokerUnavailable, ConfigurationError
 from producers.gateway.idempotency import digest, parsed
 from producers.gateway.limits import Limits
 from producers.gateway.settings import is_loopback, read_gateway_settings
+from producers.gateway.streams import Streams
 from producers.keys import Key
 from producers.scopes import EVERYTHING
+from producers.stores.records import Record
 
 REDIS = {"DAGRELAY_REDIS_URL": "redis://127.0.0.1:1/0"}
 
@@ -133,3 +135,36 @@ def test_the_access_log_writes_each_line_once():
     asyncio.run(_logged(["a=1", "a=2"], out))
     told = out.getvalue().splitlines()
     assert [line.split(" ", 1)[1] for line in told] == ["access a=1", "access a=2"]
+
+
+class Pipeline(list):
+    def __init__(self, states) -> None:
+        self.states = states
+
+    def hmget(self, key, names) -> None:
+        self.append([self.states[key.rpartition(":")[2]]])
+
+    def execute(self) -> list:
+        return list(self)
+
+
+class BreaksOnce:
+    """A Redis of which the answer about one record is lost, once."""
+
+    def __init__(self, states, task_id) -> None:
+        self.redis, self.states, self.breaks = self, states, task_id
+
+    def pipeline(self, **_) -> Pipeline:
+        return Pipeline(self.states)
+
+    def record(self, task_id) -> Record:
+        if self.breaks == task_id:
+            self.breaks = ""
+            raise BrokerUnavailable("no usable answer")
+        return Record(task_id, state=self.states[task_id])
+
+
+def test_no_change_is_lost_where_redis_goes_away_between_two_answers():
+    streams = Streams(BreaksOnce({"a": "done", "b": "done"}, "b"), 10)
+    looks = [[one.task_id for one in streams._changed(["a", "b"])] for _ in range(3)]
+    assert looks == [["a"], ["b"], []]
