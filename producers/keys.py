@@ -89,6 +89,12 @@ class Keys:
             self._look_again()
         return self._by_hash.get(hash_of(token))
 
+    def holds(self, key: Key) -> bool:
+        """Tell whether a key that was found before is still there, and as it was then."""
+        if time.monotonic() >= self._next_look:
+            self._look_again()
+        return key in self._by_hash.values()
+
     def __iter__(self) -> Any:
         return iter(self._by_hash.values())
 

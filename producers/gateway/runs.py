@@ -212,6 +212,11 @@ def _take_fan_out(
         by=asked_by(key),
         fan_out_id=fan_out_id,
     )
+    if fan_out_id is not None:
+        with told_as_unavailable():
+            there = relay.redis.hget(record_key(fan_out_id), "fan_out")
+        if there is None:  # meanwhile a run or a job was accepted under this id, and the fan-out was not
+            raise Problem(422, REUSED)
     return Taken(made.id, None, True)
 
 

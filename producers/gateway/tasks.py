@@ -77,7 +77,7 @@ def router(streams: Streams) -> APIRouter:
                 "too many streams at once: ask again, or ask for /v1/tasks/{id}",
                 headers={"Retry-After": str(RETRY_AFTER_S)},
             )
-        told = _events(streams, gateway, found, seen)
+        told = _events(streams, gateway, key, found, seen)
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return StreamingResponse(told, media_type="text/event-stream", headers=headers)
 
@@ -152,9 +152,12 @@ def _cancel(gateway: Gateway, key: Key, task_id: str) -> str:
 
 
 async def _events(
-    streams: Streams, gateway: Gateway, found: Record, seen: str | None
+    streams: Streams, gateway: Gateway, key: Key, found: Record, seen: str | None
 ) -> AsyncIterator[bytes]:
-    """Yield the events of one request: its state now unless the sender has seen it, each change, the end."""
+    """Yield the events of one request: its state now unless the sender has seen it, each change, the end.
+
+    A key that is taken away, or changed, ends it: whoever follows asks again, and is refused or not.
+    """
     with streams.follow(found.task_id) as changes:
         if event_id(found) != seen:
             yield _event(found)
@@ -163,13 +166,19 @@ async def _events(
                 async with asyncio.timeout(gateway.settings.heartbeat_s):
                     newer = await changes.get()
             except TimeoutError:
+                if _taken_away(gateway, key):
+                    return
                 yield b": still here\n\n"
                 continue
-            if newer is None:  # the gateway stops: the sender asks another one
+            if newer is None or _taken_away(gateway, key):  # or the gateway stops: another one is asked
                 return
             if event_id(newer) != event_id(found):
                 yield _event(newer)
             found = newer
+
+
+def _taken_away(gateway: Gateway, key: Key) -> bool:
+    return gateway.keys is not None and not gateway.keys.holds(key)
 
 
 def _event(found: Record) -> bytes:

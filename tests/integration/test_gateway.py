@@ -6,6 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from redis import Redis
@@ -374,6 +375,19 @@ def test_thousands_of_lines_are_one_fan_out(gateway, redis):
     assert redis.llen(QUEUE_TRIGGERS) == 1  # what launches it, once
 
 
+def test_a_run_that_takes_the_key_of_a_fan_out_before_it_is_written_is_the_one_accepted(gateway, redis):
+    body = b"\n".join(b'{"dag_id":"a","conf":{"n":%d}}' % number for number in range(20_000))
+    with ThreadPoolExecutor(1) as other:
+        made = other.submit(
+            lambda: gateway.ask("POST", "/v1/fan-out", body, Content_Type=NDJSON, Idempotency_Key="k")
+        )
+        until(lambda: any(key.endswith(":asked") for key in redis.scan_iter("dagrelay:fan-out:*")))
+        run = gateway.run(Idempotency_Key="k")
+        answer = made.result()
+    assert sorted([run.status, answer.status]) == [202, 422]
+    assert redis.llen(QUEUE_TRIGGERS) == 1
+
+
 def test_a_fan_out_says_which_lines_are_wrong_and_takes_none(gateway, redis):
     body = b'{"dag_id":"a"}\n\n{"dag_id":"b"\n{"conf":{}}\n{"dag_id":"c","countdown":3}\n'
     answer = gateway.ask("POST", "/v1/fan-out", body, Content_Type=NDJSON)
@@ -485,6 +499,21 @@ def test_events_tell_each_change_until_the_end(gateway, redis):
         assert read_events(line, 1)[0]["event"] == "end"
     again = gateway.ask("GET", made.body["events_url"], Last_Event_ID=end["id"])
     assert again.status == 204
+
+
+def test_events_end_with_their_key(gateway, redis):
+    token = gateway.key("gone")
+    until(lambda: gateway.ask("GET", "/v1/tasks/none", token=token).status == 404)
+    made = gateway.run(token=token)
+    head = f"GET {made.body['events_url']} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\n\r\n"
+    with gateway.connect() as line:
+        line.sendall(head.encode())
+        assert read_events(line, 2)
+        text = gateway.keys.read_text()
+        gateway.keys.write_text(text[: text.index("\n[keys.gone]")])
+        began = time.monotonic()
+        while line.recv(4000):
+            assert time.monotonic() - began < 10
 
 
 def test_what_was_seen_is_not_told_again(gateway, redis):
