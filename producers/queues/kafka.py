@@ -27,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import operator
 import os
 import re
 from collections import deque
@@ -433,10 +434,15 @@ def _config(environ: Mapping[str, str], mistakes: list[str]) -> dict[str, Any]:
     return found
 
 
+# For a name that is no UTF-8 confluent-kafka 2.16 returns a list with a hole in it, and an error set. Only a
+# call from C is checked for that: the interpreter's own, once specialised, goes on to a segmentation fault.
+_headers_of: Final = operator.methodcaller("headers")
+
+
 def _headers(raw: Any) -> list[Any] | None:
-    """Return a message's headers, None where they cannot be read: confluent-kafka fails for odd names."""
+    """Return a message's headers, None where their names cannot be read."""
     try:
-        return raw.headers() or []
+        return _headers_of(raw) or []
     except (SystemError, UnicodeDecodeError):
         return None
 
