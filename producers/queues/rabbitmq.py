@@ -44,6 +44,7 @@ from amqp.exceptions import (
     AMQPError,
     ChannelError,
     FrameSyntaxError,
+    InternalError,
     MessageNacked,
     NotFound,
 )
@@ -383,6 +384,9 @@ class RabbitSource:
                 raise Undeliverable(f"RabbitMQ: {_words(exc)}") from None
             except _LOST as exc:
                 self._close_publisher()
+                if isinstance(exc, InternalError) and queue.startswith("amq.rabbitmq."):
+                    # A forged address of a direct reply ends the connection, with every try.
+                    raise Undeliverable(f"RabbitMQ: {_words(exc)}") from None
                 if fresh or last_try:
                     raise SourceUnavailable(f"RabbitMQ: {_words(exc)}") from None
                 # An old connection, which the broker has closed meanwhile.

@@ -377,15 +377,18 @@ def test_no_answer_and_no_name_that_a_sender_chose_holds_up_the_others(
     long = "\u20ac" * 250  # 750 bytes, and AMQP has 255 for it
     foreign.send(queue, json.dumps({"dag_id": "sales", "reply_to": replies, "correlation_id": long}))
     foreign.send(queue, reply_to=f"{replies}.full")
+    foreign.send(
+        queue, message_id="forged", reply_to="amq.rabbitmq.reply-to.g1hkAAhub2RlQGZvbwAAAAAAAAAA.x=="
+    )
     foreign.send(queue, message_id="half a pair \ud800")
     foreign.send(queue)
 
     with listening(f"{broker.url}?queue={queue}", relay) as listener:
-        until(lambda: listener.counts.accepted + listener.counts.repeated >= 4, timeout_s=20)
+        until(lambda: listener.counts.accepted + listener.counts.repeated >= 5, timeout_s=20)
         foreign.until_ready(queue, 0)
 
-    assert (listener.counts.accepted, listener.counts.repeated) == (4, 0)
-    assert relay.redis.llen("triggers") == 4  # none of them twice, though nothing names three of them
+    assert (listener.counts.accepted, listener.counts.repeated) == (5, 0)
+    assert relay.redis.llen("triggers") == 5  # none of them twice, though nothing names three of them
     answer = foreign.take(replies)
     assert json.loads(answer.body)["correlation_id"] == long
     assert answer.headers["correlation_id"] == long
