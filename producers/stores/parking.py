@@ -17,7 +17,8 @@ from .records import KEEP_S
 PARKED: Final = "dagrelay:parked"
 
 MAX_SEEN: Final = 1000
-"""Observations kept for a task that does not come to read them. In place of newer ones it reads `null`."""
+"""Observations kept for a task that does not come to read them. After those it reads `null`, and the newest:
+only that can tell the end where nobody can be asked."""
 
 MAX_HISTORY: Final = 100
 
@@ -66,15 +67,13 @@ local function send_on(id, value)
 end
 local function see(id, observation)
   local key = 'dagrelay:seen:' .. id
-  local count = redis.call('RPUSH', key, observation)
-  if count > """
+  local most = """
     + str(MAX_SEEN)
-    + """ then
-    redis.call('RPOP', key)
-    if count == """
-    + str(MAX_SEEN + 1)
-    + """ then redis.call('RPUSH', key, 'null') end  -- go and look: the end may be among those that went
-  end
+    + """
+  local count = redis.call('LLEN', key)
+  if count == most then redis.call('RPUSH', key, 'null') end  -- go and look: more than these have come
+  if count > most + 1 then redis.call('RPOP', key) end
+  redis.call('RPUSH', key, observation)
   redis.call('EXPIRE', key, """
     + str(KEEP_S)
     + """)

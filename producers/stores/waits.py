@@ -102,7 +102,10 @@ if known[2] and tonumber(known[2]) >= epoch then return 'stale' end
 local there = redis.call('HGET', parked, id)
 if there and epoch_of(there) > epoch then return 'stale' end
 if redis.call('ZSCORE', KEYS[5], id) then return 'cancelled' end
-if line == '' then redis.call('LTRIM', seen, ARGV[6], -1) end
+-- Of a full mailbox the newest may be another one than was read.
+if line == '' then redis.call('LTRIM', seen, math.min(ARGV[6], """
+    + str(MAX_SEEN)
+    + """), -1) end
 redis.call('HDEL', record, 'line', 'held_at', 'plain')
 if known[3] and known[3] ~= group and known[3] ~= '' then
   redis.call('ZREM', 'dagrelay:looks:' .. known[3], id)

@@ -207,10 +207,19 @@ def test_a_mere_wake_leaves_nothing_with_a_task_that_never_waits(lot: Lotful):
     assert not lot.redis.exists(seen_key("t"), seen_key("unknown"))
 
 
-def test_of_too_many_observations_the_last_says_go_and_look(lot: Lotful):
+def test_the_newest_of_too_many_is_read_though_another_was_when_they_were_read(lot: Lotful):
     for number in range(MAX_SEEN + 5):
         lot.waits.wake(["t"], number)
-    assert lot.waits.observations("t") == [*range(MAX_SEEN), None]
+    read = len(lot.waits.observations("t"))
+    lot.waits.wake(["t"], "the end")
+    assert lot.wait(read=read) == "queued"
+    assert lot.waits.observations("t", 1) == [None, "the end"]
+
+
+def test_of_too_many_observations_the_first_and_the_newest_are_kept(lot: Lotful):
+    for number in range(MAX_SEEN + 5):
+        lot.waits.wake(["t"], number)
+    assert lot.waits.observations("t") == [*range(MAX_SEEN), None, MAX_SEEN + 4]
 
 
 def test_what_has_ended_leaves_only_its_record_and_its_history(lot: Lotful):
