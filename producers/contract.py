@@ -79,6 +79,9 @@ MAX_MULTIPLIED: Final = 4096
 
 MAX_FAN_OUT: Final = 50_000
 
+ANSWER_KEYS: Final = "answer:"
+"""What the wake keys of answers over queues begin with: nobody else has such, or he would read them."""
+
 MAX_ACTIVE_RUNS: Final = "max_active_runs"
 """The window that is as large as the DAG's own limit."""
 
@@ -592,12 +595,20 @@ _SECRETIVE = re.compile(
     r"(?i)(token|secret|passw|credential|signature|(?<![a-z])(api|access|auth|private)[_-]?key|(?<![a-z])auth\Z)"
 )
 
+
+def _wake_key(value: str) -> str:
+    if value.startswith(ANSWER_KEYS):
+        raise ValueError(f"begins with {ANSWER_KEYS!r}, as the keys of answers over queues do: take another")
+    return value
+
+
 Expression = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_expression)]
 Path = Annotated[str, Field(min_length=1, max_length=2000), AfterValidator(_path)]
 Headers = Annotated[dict[str, str], Field(max_length=20), AfterValidator(_headers)]
 Query = Annotated[dict[str, str], Field(max_length=50), AfterValidator(_query)]
 Seconds = Annotated[float, BeforeValidator(_from_number), Field(gt=0, le=MAX_WAIT_S, allow_inf_nan=False)]
 Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
+WakeKey = Annotated[Text, Field(min_length=1, max_length=250), AfterValidator(_wake_key)]
 States = Annotated[list[Text], Field(min_length=1, max_length=50)]
 
 
@@ -732,9 +743,7 @@ class PollRequest(_Request):
     max_errors: Annotated[int, Field(ge=0, le=10_000)] = 20
     then: dict[str, Any] | None = Field(default=None, repr=False)
     on_cancel: Annotated[Call | Publish | None, BeforeValidator(_cancel)] = None
-    wake_keys: Annotated[list[Annotated[Text, Field(min_length=1, max_length=250)]], Field(max_length=20)] = (
-        Field(default_factory=list)
-    )
+    wake_keys: Annotated[list[WakeKey], Field(max_length=20)] = Field(default_factory=list)
     on_end: Hooks = Field(default_factory=list)
 
     @model_validator(mode="after")

@@ -80,7 +80,15 @@ _REFINED: Final[Mapping[str, Mapping[str, Any]]] = {
     ),
     "success": {"items": {"type": "string", **_TEXT}},
     "failure": {"items": {"type": "string", **_TEXT}},
-    "wake_keys": {"items": {"type": "string", "minLength": 1, "maxLength": 250, **_TEXT}},
+    "wake_keys": {
+        "items": {
+            "type": "string",
+            "minLength": 1,
+            "maxLength": 250,
+            **_TEXT,
+            "not": {"pattern": f"^{contract.ANSWER_KEYS}"},
+        }
+    },
     "path": _PATH,
     "url": _URL,
     "headers": _HEADERS,

@@ -43,6 +43,7 @@ from typing import Any, Final, Literal, cast
 import jmespath
 from jmespath.exceptions import JMESPathError
 
+from .contract import ANSWER_KEYS
 from .errors import InvalidRequest
 from .queues.message import Event, json_value, task_id_for
 from .scopes import ALL, Scope
@@ -232,6 +233,8 @@ def wake_key(hook: Webhook, payload: Any) -> str:
         found = str(found)
     if not isinstance(found, str) or not 0 < len(found) <= MAX_WAKE_KEY or "\0" in found:
         raise InvalidRequest(f"body: holds no key where one was looked for, a text of 1 to {MAX_WAKE_KEY}")
+    if found.startswith(ANSWER_KEYS):  # or who signs webhooks could end jobs that are asked for over queues
+        raise InvalidRequest(f"body: holds a key that begins with {ANSWER_KEYS!r}, which is for queues")
     return found
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from ..contract import ANSWER_KEYS
+
 _SAID: Final = "said"
 
 
@@ -34,4 +36,4 @@ def said(observation: Any) -> tuple[bool, Any]:
 
 def answer_key(service: str, correlation_id: str) -> str:
     """Return the wake key of a job that was asked for over a queue, by the id that its answer carries."""
-    return f"answer:{service}:{correlation_id}"
+    return f"{ANSWER_KEYS}{service}:{correlation_id}"

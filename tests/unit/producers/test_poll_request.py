@@ -96,6 +96,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("a message that is no JSON", {**QUEUE, "message": {"a": object()}}, "of type object"),
     ("an on_cancel to another host", {"on_cancel": {"path": "//h/x"}}, "on_cancel: path: is no path"),
     ("an unknown argument", {"conf": {CANARY: CANARY}}, "conf: is no argument"),
+    ("the key of somebody's answer", {"wake_keys": ["answer:a:b"]}, "begins with 'answer:'"),
     ("too many wake keys", {"wake_keys": [str(n) for n in range(21)]}, "wake_keys: "),
 ]
 

@@ -255,6 +255,8 @@ def test_the_wake_key_is_found_in_the_body():
     for wrong in ({}, {"data": {"name": 7}}, [], None, {"data": {"name": "x" * 300}}):
         with pytest.raises(InvalidRequest, match="key"):
             wake_key(render, wrong)
+    with pytest.raises(InvalidRequest, match="is for queues"):
+        wake_key(hook(routes=False, wake="data.id"), {"data": {"id": "answer:render:1"}})
 
 
 @given(st.dictionaries(st.text(max_size=20), st.text(max_size=40), max_size=6), st.binary(max_size=200))
