@@ -258,9 +258,11 @@ class RabbitSource:
 
     def _received(self, raw: Any) -> Received:
         properties = raw.properties
-        headers = _texts(properties.get("application_headers") or {})
-        count = headers.get("x-delivery-count", "")
-        before = int(count) if count.isdecimal() else int(raw.delivery_info["redelivered"])
+        given = properties.get("application_headers") or {}
+        headers = _texts(given)
+        before = given.get("x-delivery-count")
+        if not isinstance(before, int):  # with a classic queue it is the sender's, whatever that is
+            before = int(raw.delivery_info["redelivered"])
         message = Incoming(
             body=_bytes(raw.body),
             id=properties.get("message_id") or None,
