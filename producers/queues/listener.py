@@ -381,15 +381,19 @@ def _name(one: Received) -> str:
 
 
 def _wish(message: Incoming) -> tuple[str | None, str | None]:
-    """Return where the sender of a refused message wants its answer, and with what id, as far as it says."""
-    to, correlation_id = _plain(message.reply_to), _plain(message.correlation_id)
-    if to is None and len(message.body) <= MAX_MESSAGE_BYTES:
-        try:
+    """Return where the sender of a refused message wants its answer, and with what id, as far as it says.
+
+    As for a message that is taken, its body goes before what lies around it.
+    """
+    fields: Any = {}
+    if len(message.body) <= MAX_MESSAGE_BYTES:
+        with contextlib.suppress(InvalidRequest):
             fields = json_object(message.body)
-        except InvalidRequest:
-            return None, None
-        to, correlation_id = (_plain(fields.get(name)) for name in ("reply_to", "correlation_id"))
-    return to, correlation_id
+    if "specversion" in fields:
+        fields = fields.get("data")
+    inside = fields if isinstance(fields, dict) else {}
+    to = _plain(inside.get("reply_to")) or _plain(message.reply_to)
+    return to, _plain(inside.get("correlation_id")) or _plain(message.correlation_id)
 
 
 def _plain(value: Any) -> str | None:

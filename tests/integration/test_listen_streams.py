@@ -494,6 +494,25 @@ def test_no_sender_writes_into_what_is_ours_even_where_answers_may_go_anywhere(
     assert "answer undeliverable" in caplog.text
 
 
+def test_a_refusal_is_told_wherever_its_message_says_where_to(stream, listen):
+    wrong = {"dag_id": "sales", "config": {}}
+    wish = {"reply_to": "replies.test", "correlation_id": "c"}
+    event = {"specversion": "1.0", "type": "dagrelay.trigger", "source": "/s", "id": "1"}
+    for body, around in (
+        (wrong | wish, {}),
+        (wrong, wish),
+        (wrong | {"correlation_id": "c"}, {"reply_to": "replies.test"}),
+        (wrong | wish, {"reply_to": "replies.other", "correlation_id": "other"}),
+        (event | {"data": wrong | wish}, {}),
+        (event | {"data": wrong}, wish),
+        (event | {"data": [wish]}, wish),
+    ):
+        stream.xadd(STREAM, {"data": json.dumps(body), **around})
+    listener = listen()
+    until(lambda: listener.counts.refused == 7)
+    assert [(told["what"], told["correlation_id"]) for told in answers(stream)] == [("refused", "c")] * 7
+
+
 def test_a_place_that_can_take_no_more_answers_holds_up_nobody(stream, listen, caplog):
     stream.xadd("replies.over", {"a": "b"}, id=f"{2**64 - 1}-{2**64 - 1}")
     listener = listen()
