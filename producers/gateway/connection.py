@@ -2,6 +2,10 @@
 
 So is what comes once the answer is given: the rest of a body that nobody reads. A body that is read is the
 application's business (see `front`).
+
+A wish for another protocol is not heard. httptools takes no body after the head that holds one, and Java's
+own client has it (`Upgrade: h2c`) in every request over plain HTTP: a run would be started without its conf.
+So such a head is read a second time, without the wish.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .base import Problem
@@ -24,11 +29,16 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._in_head, self._head_bytes = True, 0
+        self._wished = False
         self._timer: asyncio.TimerHandle | None = None
         self._wait()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._read(data)
+        except httptools.HttpParserError:
+            self.send_400_response("")
         if self._in_head and not self.transport.is_closing():
             self._head_bytes += len(data)
             if self._head_bytes > MOST_HEAD_BYTES:
@@ -38,14 +48,45 @@ class Connection(HttpToolsProtocol):
         elif self._timer is None and self.cycle is not None and self.cycle.response_complete:
             self._wait()  # whatever comes ends uvicorn's own time for the next request, and no other begins
 
+    def _read(self, data: bytes) -> None:
+        left = memoryview(data)
+        while True:
+            try:
+                self.parser.feed_data(left)
+            except httptools.HttpParserUpgrade as exc:
+                left = left[exc.args[0] :]
+                self._wished = False
+                head = self._head_without_wish()
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+                self.parser.feed_data(head)
+            else:
+                return
+
+    def _head_without_wish(self) -> bytes:
+        """Return the head that was just read. Raises HttpParserError for one that is nothing but a wish."""
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            raise httptools.HttpParserError
+        lines = [b"%s %s HTTP/%s" % (method, self.url, self.parser.get_http_version().encode())]
+        lines += [b"%s: %s" % pair for pair in self.headers if pair[0] != b"upgrade"]
+        return b"\r\n".join([*lines, b"", b""])
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_head, self._head_bytes = True, 0
 
     def on_headers_complete(self) -> None:
+        self._wished = self.parser.should_upgrade()
+        if self._wished:
+            return
         self._in_head = False
         self._wait_no_more()
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        if not self._wished:
+            super().on_message_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._wait_no_more()

@@ -294,6 +294,36 @@ def test_a_slow_head_is_cut_off_on_a_connection_that_was_used(gateway, redis):
         assert line.recv(4000).startswith(b"HTTP/1.1 408 ")
 
 
+@pytest.mark.parametrize("pieces", [1, 2, 40])
+def test_a_body_is_read_whatever_other_protocol_its_head_asks_for(gateway, redis, pieces):
+    body = b'{"conf":{"a":1}}'
+    h2c = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEA\r\n"
+    one = _head(gateway, h2c + f"Content-Length: {len(body)}") + body
+    chunked = _head(gateway, h2c + "Transfer-Encoding: chunked") + b"10\r\n" + body + b"\r\n0\r\n\r\n"
+    with gateway.connect() as line:
+        for _ in range(3):
+            for sent in (one, chunked, one + chunked):
+                size = -(-len(sent) // pieces)
+                if pieces == 2:
+                    size = sent.index(b"\r\n\r\n") + 4
+                for at in range(0, len(sent), size):
+                    line.sendall(sent[at : at + size])
+                    time.sleep(0.005)
+        until(lambda: redis.llen(QUEUE_TRIGGERS) == 12)
+        line.sendall(
+            b"GET /livez HTTP/1.1\r\nHost: a\r\nConnection: upgrade, close\r\nUpgrade: websocket\r\n\r\n"
+        )
+        answers = b""
+        while more := line.recv(40_000):
+            answers += more
+    assert answers.count(b"HTTP/1.1 202 ") == 12
+    assert b"HTTP/1.1 200 " in answers
+    assert [one["conf"] for one in messages(redis)] == [{"a": 1}] * 12
+    with gateway.connect() as line:
+        line.sendall(b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert line.recv(4000).startswith(b"HTTP/1.1 400 ")
+
+
 @pytest.mark.parametrize(
     ("sent", "more"),
     [
