@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import random
 import threading
@@ -111,7 +112,7 @@ class Listener:
         self._by = "".join(one if one.isprintable() else "_" for one in source.name)[:100]
         self._hand: dict[int, Received] = {}
         """What was received and is neither acknowledged nor refused."""
-        self._finished: list[str] = []
+        self._finished: dict[str, None] = {}
         """Names of what was begun and is done with, or went back: not to be counted any more."""
         self._down = ""
         self._wait_s = BACKOFF_S[0]
@@ -173,7 +174,7 @@ class Listener:
         self._down = why
         if self._hand:
             if not counted:
-                self._finished += [_name(one) for one in self._hand.values()]
+                self._finished |= dict.fromkeys(map(_name, self._hand.values()))
             with contextlib.suppress(SourceUnavailable):  # then they come again by themselves
                 self._source.give_back(list(self._hand.values()))
             self._hand = {}
@@ -305,7 +306,7 @@ class Listener:
         self._let_go(received)
 
     def _let_go(self, received: Sequence[Received]) -> None:
-        self._finished += map(_name, received)
+        self._finished |= dict.fromkeys(map(_name, received))
         for one in received:
             del self._hand[id(one)]
 
@@ -315,10 +316,13 @@ class Listener:
         return f"dagrelay:begun:{self._door.name}:{int(time.time() // 86_400)}"
 
     def _begin(self, names: list[str]) -> dict[str, int]:
-        finished = self._finished[: 2 * self._prefetch + 1000]  # Lua takes so many arguments at once
+        finished = [
+            *itertools.islice(self._finished, 2 * self._prefetch + 1000)
+        ]  # Lua takes so many arguments at once
         with told_as_unavailable():
             found = BEGIN.run(self._relay.redis, (self._key(),), (KEEP_S, len(finished), *finished, *names))
-        del self._finished[: len(finished)]
+        for name in finished:
+            del self._finished[name]
         return {name: int(count) for name, count in zip(names, found, strict=True)}
 
     def _count_again(self, some: Sequence[Received]) -> None:

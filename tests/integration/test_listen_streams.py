@@ -21,6 +21,7 @@ from producers.queues import replies
 from producers.queues.listener import Listener
 from producers.queues.sources import publisher_for, source_for
 from producers.scopes import Scope
+from producers.settings import read_settings
 from producers.stores.heard import answer_key, heard
 from producers.stores.notices import replies_key
 from tests.fake_service import FakeService
@@ -492,6 +493,16 @@ def test_no_sender_writes_into_what_is_ours_even_where_answers_may_go_anywhere(
         assert stream.exists(to) == (to == DEAD and listener.counts.refused)
     assert listener.counts.accepted == 1
     assert "answer undeliverable" in caplog.text
+
+
+def test_while_redis_refuses_what_is_given_back_again_and_again_is_remembered_once(broker, valkey, stream):
+    with Redis.from_url(valkey.url) as admin:
+        admin.execute_command("ACL", "SETUSER", "half", "on", ">p", "~*", "&*", "+@all", "-hmget")
+    relay = RelayClient(read_settings(redis_url=valkey.url.replace("://", "://half:p@"), client_name="t"))
+    send_many(stream, range(5))
+    with listening(broker.url, relay) as listener:
+        until(lambda: listener._wait_s > 1)  # after several tries
+        assert len(listener._finished) == 5
 
 
 def test_a_refusal_is_told_wherever_its_message_says_where_to(stream, listen):
