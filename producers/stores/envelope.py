@@ -158,7 +158,7 @@ def end_messages(hooks: Sequence[str], task_id: str, by: str) -> list[tuple[str,
                 ignore_result=True,
             ),
         )
-        for hook in hooks
+        for hook in dict.fromkeys(hooks)
     ]
 
 

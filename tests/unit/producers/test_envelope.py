@@ -174,6 +174,11 @@ def test_a_wait_is_an_eta_and_the_workers_park_it(nobody):
         assert abs((due - now).total_seconds() - 3600) < 30
 
 
+def test_a_hook_that_is_named_twice_is_told_once(nobody):
+    item = nobody.item(TriggerRequest(dag_id="a", on_end=["billing", "Billing", "audit"]))
+    assert item.more.count('"hook\\":\\"') == 2
+
+
 def test_an_eta_that_is_past_is_at_once(nobody):
     assert headers(nobody, eta=datetime(2000, 1, 1, tzinfo=UTC))["eta"] is None
 
