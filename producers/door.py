@@ -76,15 +76,14 @@ class Door:
 class Batches:
     """Has the orders of many coroutines go to Redis together: while one batch is under way the next gathers.
 
-    So a single order is sent at once, and a thousand concurrent ones cost a few round trips.
+    So a single order is sent at once, and a thousand concurrent ones cost a few round trips. The client of
+    `.delay()` blocks: it does so in `threads`, else in those of the event loop.
     """
 
-    def __init__(self, door: Door) -> None:
-        self._door = door
+    def __init__(self, door: Door, threads: ThreadPoolExecutor | None = None) -> None:
+        self._door, self._threads = door, threads
         self._gathered: list[tuple[Accepted, asyncio.Future[Taken]]] = []
         self._sending: asyncio.Task[None] | None = None
-        # The client of `.delay()` blocks, and the event loop's own threads may all be waiting.
-        self._thread = ThreadPoolExecutor(1, "dagrelay-batches")
 
     async def accept(self, item: Accepted) -> Taken:
         """Return when it is in Redis. Raises BrokerUnavailable."""
@@ -102,7 +101,7 @@ class Batches:
                 items = [item for item, _ in waiting]
                 try:
                     loop = asyncio.get_running_loop()
-                    taken = await loop.run_in_executor(self._thread, self._door.accept, items)
+                    taken = await loop.run_in_executor(self._threads, self._door.accept, items)
                 except Exception as exc:  # noqa: BLE001 - each of them is to hear of it
                     for _, future in waiting:
                         if not future.done():

@@ -12,6 +12,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -54,7 +55,9 @@ class Gateway:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "door", Door(self.relay, "http"))
-        object.__setattr__(self, "batches", Batches(self.door))
+        # Those of the event loop may all be waiting, with looks at requests.
+        thread = ThreadPoolExecutor(1, "dagrelay-batches")
+        object.__setattr__(self, "batches", Batches(self.door, thread))
 
 
 def gateway_of(request: Request) -> Gateway:
