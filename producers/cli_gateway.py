@@ -63,6 +63,7 @@ def _file(given: Path | None) -> Path:
     "--connection", "connections", multiple=True, help="Airflows that it may use.  [default: default]"
 )
 @click.option("--service", "services", multiple=True, help="Services for its jobs.  [default: none]")
+@click.option("--hook", "hooks", multiple=True, help="Hooks that it may have told.  [default: none]")
 @click.option("--rate", "rate_per_s", type=float, help="Requests a second.  [default: no limit]")
 @click.option("--burst", type=float, help="Requests at once.  [default: those of a second]")
 @click.option("--may-cancel", is_flag=True, help="It may cancel what it may start.")
@@ -84,5 +85,6 @@ def list_keys(path: Path | None) -> None:
         may = [word for word, may in (("read", key.may_read), ("cancel", key.may_cancel)) if may]
         click.echo(
             f"{key.id}  dags={','.join(scope.dags)}  connections={','.join(scope.connections)}  "
-            f"services={','.join(scope.services) or '-'}  may={','.join(['start', *may])}  {rate}"
+            f"services={','.join(scope.services) or '-'}  hooks={','.join(scope.hooks) or '-'}  "
+            f"may={','.join(['start', *may])}  {rate}"
         )

@@ -43,6 +43,7 @@ log = logging.getLogger("dagrelay.listen")
 @click.option(
     "--services", default="", help="Services that may be asked for jobs, likewise.  [default: none]"
 )
+@click.option("--hooks", default="", help="Hooks that may be told of an end, likewise.  [default: none]")
 @click.option(
     "--reply-to",
     default=",".join(REPLY_TO),
@@ -71,6 +72,7 @@ def listen(
     dags: str,
     connections: str,
     services: str,
+    hooks: str,
     reply_to: str,
     answers: str | None,
     max_deliveries: int,
@@ -102,7 +104,7 @@ def listen(
         source,
         relay,
         publisher=None if answers else publisher_for(url),
-        scope=Scope(_listed(dags), _listed(connections.lower()), _listed(services.lower())),
+        scope=Scope(_listed(dags), *(_listed(one.lower()) for one in (connections, services, hooks))),
         routes=rules,
         reply_to=_listed(reply_to),
         max_deliveries=max_deliveries,

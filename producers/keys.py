@@ -9,6 +9,7 @@ as they were, and is told in the log::
     dags = ["sales_*", "invoices"]    # patterns as in a shell; left out: all
     connections = ["default"]         # left out: that one alone
     services = ["render"]             # left out: none, so no jobs
+    hooks = ["billing"]               # left out: none, so no on_end
     rate_per_s = 50                   # left out: no limit
     burst = 100                       # how many at once; left out: those of one second
     may_cancel = true                 # left out: false
@@ -174,7 +175,17 @@ class _Draft:
     given: Mapping[str, Any]
     mistakes: list[str] = field(default_factory=list)
 
-    KNOWN = ("hash", "dags", "connections", "services", "rate_per_s", "burst", "may_read", "may_cancel")
+    KNOWN = (
+        "hash",
+        "dags",
+        "connections",
+        "services",
+        "hooks",
+        "rate_per_s",
+        "burst",
+        "may_read",
+        "may_cancel",
+    )
 
     def hash(self) -> str | None:
         value = self.given.get("hash")
@@ -196,6 +207,7 @@ class _Draft:
                 self.patterns("dags", ALL),
                 tuple(one.lower() for one in self.patterns("connections", ("default",))),
                 tuple(one.lower() for one in self.patterns("services", ())),
+                tuple(one.lower() for one in self.patterns("hooks", ())),
             ),
             rate,
             max(1.0, self.number("burst") or rate or 1.0),
@@ -236,6 +248,7 @@ def new_key(
     dags: Sequence[str] = (),
     connections: Sequence[str] = (),
     services: Sequence[str] = (),
+    hooks: Sequence[str] = (),
     rate_per_s: float | None = None,
     burst: float | None = None,
     may_cancel: bool = False,
@@ -253,7 +266,8 @@ def new_key(
         )
     token = f"{_BEGINS}{secrets.token_urlsafe(32)}"
     lines = [f"\n[keys.{name}]", f'hash = "{hash_of(token)}"']
-    for option, patterns in (("dags", dags), ("connections", connections), ("services", services)):
+    several = {"dags": dags, "connections": connections, "services": services, "hooks": hooks}
+    for option, patterns in several.items():
         if patterns:
             lines.append(f"{option} = [{', '.join(_quoted(one) for one in patterns)}]")
     for option, number in (("rate_per_s", rate_per_s), ("burst", burst)):

@@ -1,8 +1,8 @@
-"""What a sender may ask for: which DAGs, which Airflows, which services."""
+"""What a sender may ask for: which DAGs, which Airflows, which services, which hooks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Final
@@ -15,14 +15,15 @@ ALL: Final = ("*",)
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Patterns as in a shell (`sales_*`), compared case-sensitively; connections and services in lower case.
+    """Patterns as in a shell (`sales_*`), compared case-sensitively; all but those of DAGs in lower case.
 
-    Without `services` no jobs are allowed: a job is started on somebody else's system.
+    Without `services` no jobs are allowed, and without `hooks` no `on_end`: both act on somebody else's system.
     """
 
     dags: tuple[str, ...] = ALL
     connections: tuple[str, ...] = ("default",)
     services: tuple[str, ...] = ()
+    hooks: tuple[str, ...] = ()
 
     def check(self, request: TriggerRequest | PollRequest) -> None:
         """Raise NotAllowed for what is not in it; what a job's `then` triggers counts too.
@@ -36,6 +37,7 @@ class Scope:
                 self._check_trigger(request.then, "then.")
         else:
             self._check_trigger({"dag_id": request.dag_id, "connection": request.connection}, "")
+        self._check_hooks(request.on_end, "")
 
     def _check_trigger(self, fields: Mapping[str, Any], where: str) -> None:
         dag_id = str(fields.get("dag_id"))
@@ -44,9 +46,15 @@ class Scope:
         connection = str(fields.get("connection", "default")).lower()
         if not _within(connection, self.connections):
             raise NotAllowed(f"{where}connection: {connection!r} is not among those that you may use")
+        self._check_hooks(fields.get("on_end") or (), where)
+
+    def _check_hooks(self, hooks: Iterable[str], where: str) -> None:
+        for hook in hooks:
+            if not _within(hook.lower(), self.hooks):
+                raise NotAllowed(f"{where}on_end: {hook!r} is not among those that you may have told")
 
 
-EVERYTHING: Final = Scope(ALL, ALL, ALL)
+EVERYTHING: Final = Scope(ALL, ALL, ALL, ALL)
 
 
 def _within(name: str, patterns: tuple[str, ...]) -> bool:

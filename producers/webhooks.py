@@ -20,7 +20,8 @@ routes, message, wake
     routing rules. ``message: true``: the body is a trigger or a job, as any queue may hold it. `wake`: a
     JMESPath expression over the body that yields the wake key of tasks that wait for this.
 scope
-    What may be asked for with it: patterns of `dags`, `connections` and `services`, as an API key has them.
+    What may be asked for with it: patterns of `dags`, `connections`, `services` and `hooks`, as an API key has
+    them.
 
 **Who sent it** is decided by the raw bytes, in constant time, before anything is parsed. **When**: where the
 scheme signs a timestamp, it is 5 minutes old at the most. **Once**: a delivery that comes again has the same
@@ -337,7 +338,7 @@ def _does(given: dict[str, Any], problems: list[str]) -> tuple[Does, Any]:
 def _scope(given: Any, problems: list[str]) -> Scope:
     if given is None:
         return Scope()
-    names = ("dags", "connections", "services")
+    names = ("dags", "connections", "services", "hooks")
     if not isinstance(given, dict) or not given.keys() <= set(names):
         problems.append(f"scope is no object of {', '.join(names)}")
         return Scope()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+from contextlib import nullcontext
 
 import pytest
 
@@ -71,11 +72,23 @@ def test_a_door_lets_in_what_its_scope_has(relay: RelayClient) -> None:
     door.prepare(order_of({"dag_id": "sales_north"}, door="test"))
     for refused in (
         {"dag_id": "payroll"},
+        {"dag_id": "sales_north", "on_end": ["billing"]},
         {"dag_id": "sales_north", "connection": "other"},
         {"service": "render", "path": "/jobs/1"},
     ):
         with pytest.raises(NotAllowed):
             door.prepare(order_of(refused, door="test"))
+    hooked = Scope(dags=("sales",), services=("*",), hooks=("bill*",))
+    for allowed, on_end in ((True, ["Billing"]), (False, ["other"])):
+        for fields in (
+            {"dag_id": "sales", "on_end": on_end},
+            {"service": "render", "path": "/j", "on_end": on_end},
+            {"service": "render", "path": "/j", "then": {"dag_id": "sales", "on_end": on_end}},
+        ):
+            with (
+                nullcontext() if allowed else pytest.raises(NotAllowed, match="on_end: 'other' is not among")
+            ):
+                hooked.check(order_of(fields, door="test").request)
     with pytest.raises(NotAllowed, match=r"then\.dag_id"):
         Scope(dags=(), services=("*",)).check(
             order_of({"service": "render", "path": "/j", "then": {"dag_id": "x"}}, door="test").request
