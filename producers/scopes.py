@@ -17,7 +17,7 @@ ALL: Final = ("*",)
 class Scope:
     """Patterns as in a shell (`sales_*`), compared case-sensitively; all but those of DAGs in lower case.
 
-    Without `services` no jobs are allowed, and without `hooks` no `on_end`: both act on somebody else's system.
+    Without `services` no jobs are allowed, without `hooks` no `on_end`: both act on other people's systems.
     """
 
     dags: tuple[str, ...] = ALL

@@ -20,7 +20,7 @@ routes, message, wake
     routing rules. ``message: true``: the body is a trigger or a job, as any queue may hold it. `wake`: a
     JMESPath expression over the body that yields the wake key of tasks that wait for this.
 scope
-    What may be asked for with it: patterns of `dags`, `connections`, `services` and `hooks`, as an API key has
+    What may be asked for with it: patterns of `dags`, `connections`, `services`, `hooks`, as an API key has
     them.
 
 **Who sent it** is decided by the raw bytes, in constant time, before anything is parsed. **When**: where the
