@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from redis import Redis
 
+from local.process import ROOT, free_port
 from local.valkey import Valkey
 from producers.contract import QUEUE_JOBS, QUEUE_TRIGGERS
 from tests.integration.gateway import GatewayProcess
@@ -577,3 +581,16 @@ def test_the_log_has_a_line_for_each_request_and_no_secret(gateway, redis):
     assert "s3cret" not in text
     assert gateway.token not in text
     assert "Traceback" not in text
+
+
+def test_the_health_check_of_the_container_asks_the_gateway(gateway):
+    """The command of docker-compose.yml, with the port of this one and with one where nobody is."""
+    compose = (ROOT / "docker-compose.yml").read_text()
+    (code,) = re.findall(r"^ +- (import urllib\.request.*:8080/.*)$", compose, re.M)
+
+    def status(port: int) -> int:
+        argv = [sys.executable, "-c", code.replace("8080", str(port))]
+        return subprocess.run(argv, capture_output=True, timeout=60, check=False).returncode
+
+    assert status(gateway.port) == 0
+    assert status(free_port()) != 0
