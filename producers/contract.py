@@ -257,6 +257,15 @@ class _Request(BaseModel):
         }
 
     @classmethod
+    def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the JSON Schema, in its own words.
+
+        pydantic leaves `ge` and its like where a validator of ours comes before its own: no reader knows them.
+        """
+        schema: dict[str, Any] = _in_schema_words(super().model_json_schema(*args, **kwargs))
+        return schema
+
+    @classmethod
     def fields_of(cls, message: Mapping[str, Any]) -> dict[str, Any]:
         """Return the request's own fields of a message, without what travels beside them."""
         return {name: value for name, value in message.items() if name not in ("v", "asked", "so_far")}
@@ -273,6 +282,17 @@ class _Request(BaseModel):
                     value = value.model_dump(mode="json", exclude_unset=True)
                 message[name] = value
         return message
+
+
+_BOUNDS: Final = {"gt": "exclusiveMinimum", "ge": "minimum", "lt": "exclusiveMaximum", "le": "maximum"}
+
+
+def _in_schema_words(schema: Any) -> Any:
+    if isinstance(schema, dict):
+        return {_BOUNDS.get(name, name): _in_schema_words(part) for name, part in schema.items()}
+    if isinstance(schema, list):
+        return [_in_schema_words(part) for part in schema]
+    return schema
 
 
 def _invalid(exc: ValidationError) -> InvalidRequest:

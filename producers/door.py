@@ -12,15 +12,13 @@ their queues: webhooks to be sent.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from .client import RelayClient, told_as_unavailable
-from .contract import TriggerRequest
-from .errors import BrokerUnavailable, InvalidRequest
+from .errors import BrokerUnavailable
 from .queues.message import Order
 from .scopes import EVERYTHING, Scope
 from .stores.notices import tell_field
@@ -121,21 +119,3 @@ def _again(exc: Exception) -> Exception:
         copy.__cause__ = exc.__cause__
         return copy
     return exc
-
-
-@contextlib.contextmanager
-def named(where: str) -> Iterator[None]:
-    """Begin the text of an InvalidRequest with the place that it is about."""
-    try:
-        yield
-    except InvalidRequest as exc:
-        raise InvalidRequest(f"{where}: {exc}") from None
-
-
-def fingerprint_fields(request: Any) -> dict[str, Any]:
-    """Return what makes two requests with the same id equal: all that was asked, and not when."""
-    fields: dict[str, Any] = request.to_message()
-    fields.pop("v", None)
-    if isinstance(request, TriggerRequest):
-        fields.setdefault("dag_id", request.dag_id)
-    return fields

@@ -135,14 +135,10 @@ def _object(*models: type[BaseModel], rules: list[dict[str, Any]] | None = None)
     }
 
 
-# pydantic leaves its own words where a validator of ours comes before its own.
-_BOUNDS: Final = {"gt": "exclusiveMinimum", "ge": "minimum", "lt": "exclusiveMaximum", "le": "maximum"}
-
-
 def _plain(schema: Any) -> Any:
-    """Return a schema in the words of JSON Schema, without titles that only repeat the names."""
+    """Return a schema without titles, which only repeat the names."""
     if isinstance(schema, dict):
-        return {_BOUNDS.get(name, name): _plain(part) for name, part in schema.items() if name != "title"}
+        return {name: _plain(part) for name, part in schema.items() if name != "title"}
     if isinstance(schema, list):
         return [_plain(part) for part in schema]
     return schema

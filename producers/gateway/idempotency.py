@@ -17,7 +17,6 @@ from typing import Any, Final
 from fastapi import Request
 
 from ..contract import PollRequest, TriggerRequest
-from ..door import fingerprint_fields
 from .base import Problem, gateway_of
 
 MOST_CHARACTERS: Final = 200
@@ -61,7 +60,7 @@ def parsed(text: str) -> str | None:
 
 def fingerprint(request: TriggerRequest | PollRequest) -> str:
     """Return what two requests have in common if and only if they ask for the same."""
-    return digest(fingerprint_fields(request))
+    return digest(request.fields_of(request.to_message()))
 
 
 def digest(value: Any) -> str:

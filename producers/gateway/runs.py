@@ -193,7 +193,7 @@ def _take_fan_out(
     on_error: OnError = options["on_error"]
     relay = gateway.relay
     if fan_out_id is not None:
-        asked = digest([*(request.to_message() for request in requests), options])
+        asked = digest([*map(fingerprint, requests), options])
         with told_as_unavailable():
             # Beside the record, which is there only when all of its requests are.
             name = f"dagrelay:fan-out:{fan_out_id}:asked"

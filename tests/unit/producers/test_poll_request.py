@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 import pytest
@@ -200,6 +201,14 @@ def test_pauses_grow_by_the_factor_up_to_the_ceiling(interval_s, growth, ceiling
         pause_s *= growth
     if growth > 1.001:
         assert interval_after(1e12, request) == request.max_interval_s
+
+
+def test_the_schema_says_bounds_in_its_own_words():
+    told = json.dumps(json_schema())
+    assert not re.search(r'"(gt|ge|lt|le)":', told)
+    properties = json_schema()["tasks"]["tasks.poll_external_job"]["properties"]
+    assert properties["growth"]["minimum"] == 1
+    assert properties["interval_s"]["exclusiveMinimum"] == 0
 
 
 def test_publishers_in_other_languages_get_its_schema():
