@@ -260,7 +260,7 @@ class _Request(BaseModel):
     def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the JSON Schema, in its own words.
 
-        pydantic leaves `ge` and its like where a validator of ours comes before its own: no reader knows them.
+        pydantic leaves `ge` and its like where a validator of ours comes first, and no reader knows them.
         """
         schema: dict[str, Any] = _in_schema_words(super().model_json_schema(*args, **kwargs))
         return schema

@@ -11,8 +11,10 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
+
+T = TypeVar("T")
 
 URI = re.compile(r"([A-Za-z][A-Za-z0-9+._-]*)://")
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}\Z")
@@ -65,6 +67,26 @@ def variables(
         else:
             found.append((variable, its_id, lambda value=value: value))  # type: ignore[misc]
     return found
+
+
+def read_each(
+    environ: Mapping[str, str], pattern: re.Pattern[str], what: str, read_one: Callable[[str, str], T]
+) -> tuple[dict[str, T], list[str]]:
+    """Return what the variables hold by their ids, and every mistake by its variable's name.
+
+    `read_one` makes it of an id and a value, and raises Mistake; one with a mistake is left out.
+    """
+    found: dict[str, T] = {}
+    mistakes: list[str] = []
+    for variable, its_id, read in variables(environ, pattern):
+        if its_id in found:
+            mistakes.append(f"{variable}: {what} {its_id!r} is set twice")
+            continue
+        try:
+            found[its_id] = read_one(its_id, read())
+        except Mistake as exc:
+            mistakes += [f"{variable}: {problem}" for problem in exc.problems]
+    return found, mistakes
 
 
 def file_reader(path: str) -> Callable[[], str]:

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 from producers.stores.signing import ID, SIGNATURE, TIMESTAMP, key_of
 
-from .endpoints import Extras, Mistake, base_url, json_object, parts_of_uri, variables
+from .endpoints import Extras, Mistake, base_url, json_object, parts_of_uri, read_each
 from .http import CONNECT_TIMEOUT_S, HttpSender, is_path
 from .services import _pairs
 
@@ -67,17 +67,7 @@ def read_hooks(environ: Mapping[str, str]) -> tuple[dict[str, Hook], list[str]]:
 
     One with a mistake is left out. No text holds a secret.
     """
-    hooks: dict[str, Hook] = {}
-    mistakes: list[str] = []
-    for variable, hook_id, read in variables(environ, _VARIABLE):
-        if hook_id in hooks:
-            mistakes.append(f"{variable}: hook {hook_id!r} is set twice")
-            continue
-        try:
-            hooks[hook_id] = _hook(hook_id, read())
-        except Mistake as exc:
-            mistakes += [f"{variable}: {problem}" for problem in exc.problems]
-    return hooks, mistakes
+    return read_each(environ, _VARIABLE, "hook", _hook)
 
 
 def _hook(hook_id: str, value: str) -> Hook:

@@ -50,7 +50,7 @@ from .endpoints import (
     file_reader,
     json_object,
     parts_of_uri,
-    variables,
+    read_each,
 )
 from .http import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, HttpSender
 
@@ -210,17 +210,7 @@ def read_services(environ: Mapping[str, str]) -> tuple[dict[str, Service], list[
 
     A service with a mistake is left out. No text holds a secret.
     """
-    services: dict[str, Service] = {}
-    mistakes: list[str] = []
-    for variable, service_id, read in variables(environ, _VARIABLE):
-        if service_id in services:
-            mistakes.append(f"{variable}: service {service_id!r} is set twice")
-            continue
-        try:
-            services[service_id] = _service(service_id, read())
-        except Mistake as exc:
-            mistakes += [f"{variable}: {problem}" for problem in exc.problems]
-    return services, mistakes
+    return read_each(environ, _VARIABLE, "service", _service)
 
 
 def _service(service_id: str, value: str) -> Service:
