@@ -44,6 +44,7 @@ from local.process import (
     run_to_end,
     secret_file,
 )
+from local.provider import Provider, ensure_provider
 
 Version = Literal["2", "3"]
 RELEASE: dict[Version, str] = {"2": "2.11.2", "3": "3.3.2"}
@@ -133,11 +134,7 @@ class Environment:
 
     def _install(self, progress: Progress) -> None:
         uv = [sys.executable, "-m", "uv", "--no-progress"]
-        # As the caller has it (proxy, index, cache), except what would point uv at another environment.
-        env = {k: v for k, v in os.environ.items() if k not in {"VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME"}}
-        env.setdefault(
-            "UV_SYSTEM_CERTS", "true"
-        )  # as pip, git and curl: behind a company's proxy uv's do not do
+        env = self.installer_env()
         venv = str(self.python.parent.parent)
         for command in (
             [*uv, "venv", "--no-python-downloads", "--python", sys.executable, venv],
@@ -146,6 +143,13 @@ class Environment:
             process = Process(command, log=self.log, env=env, cwd=STATE, name="uv")
             what = f"install Airflow {self.release}"
             run_to_end(process, timeout_s=INSTALL_TIMEOUT_S, what=what, progress=progress)
+
+    def installer_env(self) -> dict[str, str]:
+        """The environment of uv: the caller's, except what would point it at another environment."""
+        env = {k: v for k, v in os.environ.items() if k not in {"VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME"}}
+        # As pip, git and curl: behind a company's proxy uv's own certificates do not do.
+        env.setdefault("UV_SYSTEM_CERTS", "true")
+        return env
 
     def _make_database(self, progress: Progress) -> None:
         home, data = self.folder / "making", self.folder / "pgdata.new"
@@ -185,6 +189,7 @@ class Airflow:
     API server stops answering altogether as soon as more than 15 authenticated requests are in flight
     (apache/airflow#66493), and the default on Airflow 2; "default" leaves it to Airflow, to test just that.
     `parallelism`: how many tasks at a time; each is a process of 130 MB. `extra_env` is added last.
+    `provider`: with our wheel, built from the tree, installed beside it (`local/provider.py`).
     """
 
     username = "admin"
@@ -200,6 +205,7 @@ class Airflow:
         parallelism: int = 4,
         components: Sequence[str] | None = None,
         extra_env: Mapping[str, str] | None = None,
+        provider: bool = False,
     ) -> None:
         if version not in RELEASE:
             raise ValueError(f"version must be one of {sorted(RELEASE)}, not {version!r}")
@@ -212,10 +218,12 @@ class Airflow:
         self.parallelism = parallelism
         self.components = tuple(components if components is not None else COMPONENTS[version])
         self.extra_env = dict(extra_env or {})
+        self.with_provider = provider
         self.postgres = Postgres(self.home / "pgdata", log=self.home / "logs" / "postgres.log")
         self.processes: dict[str, Process] = {}
         self._secrets: dict[str, str] = {}
         self._installed: IO[str] | None = None
+        self._provider: Provider | None = None
         self._lock: IO[str] | None = None
         self._session = requests.Session()
         self._session.trust_env = False  # a proxy in the environment is not meant for 127.0.0.1
@@ -269,6 +277,8 @@ class Airflow:
         self._installed = self.environment.ensure(progress)
         began = time.monotonic()
         try:
+            if self.with_provider:
+                self._provider = ensure_provider(self.environment, progress)
             self._take_home()
             if not self.postgres.data.exists():
                 copy_data(self.environment.database, self.postgres.data)
@@ -296,10 +306,10 @@ class Airflow:
         for name in list(self.processes):
             self.stop_component(name)
         self.postgres.stop()
-        for held in (self._lock, self._installed):
+        for held in (self._lock, self._provider, self._installed):
             if held is not None:
                 held.close()
-        self._lock = self._installed = None
+        self._lock = self._provider = self._installed = None
 
     def start_component(self, name: str) -> Process:
         """Start "api", "scheduler", "dag-processor" (3 only) or "triggerer"; does not wait for it."""
@@ -453,7 +463,10 @@ class Airflow:
     # How it is set up
 
     def env(self) -> dict[str, str]:
-        """The whole environment of its processes. Nothing named AIRFLOW… is taken over from ours."""
+        """The whole environment of its processes. Nothing named AIRFLOW… is taken over from ours.
+
+        Our wheel is on it while this Airflow runs (after `start`).
+        """
         given = self._secrets
         env = base_env(self.environment, self.home) | database_env(self.postgres, self.version)
         env |= {
@@ -501,6 +514,8 @@ class Airflow:
                 "AIRFLOW__CORE__MIN_SERIALIZED_DAG_FETCH_INTERVAL": "0",
                 "PYTHONWARNINGS": "ignore",
             }
+        if self._provider is not None:
+            env["PYTHONPATH"] = self._provider.pythonpath
         return env | self.extra_env
 
     def _command(self, name: str) -> list[str]:
@@ -603,6 +618,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument("--dags", type=Path, default=ROOT / "examples" / "dags")
     parser.add_argument("--home", type=Path, default=None, help="default: .local/data/airflow<VERSION>")
+    parser.add_argument("--provider", action="store_true", help="with our wheel, built from the tree")
     parser.add_argument("--triggerer", action="store_true", help="also run what deferrable operators need")
     options = parser.parse_args()
     version: Version = options.version
@@ -616,6 +632,7 @@ def main() -> None:
             dags=options.dags,
             port=options.port,
             components=components,
+            provider=options.provider,
         )
         airflow.start(lambda line: print(line, flush=True))
         print(f"Airflow    {airflow.url}   {airflow.username} / {airflow.password}")
