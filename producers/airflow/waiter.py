@@ -1,0 +1,136 @@
+"""How triggers wait: all those of one process together, on one connection to Redis and one question.
+
+A triggerer runs thousands of triggers in one event loop. Each of them waits for one request; every
+`LOOK_EVERY_S` one script tells which of all these stand otherwise than before. That costs Redis about 1 µs
+for each and look, needs nothing to be registered or renewed there, and so survives whatever happens to
+either side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import weakref
+from collections.abc import AsyncGenerator
+from typing import Any, Final
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.exceptions import NoScriptError, RedisError
+
+from ..settings import ProducerSettings
+from ..stores.standing import AT_ONCE, LOOK, Standing, changes_in, look_args
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S: Final = 0.25
+PER_SECOND: Final = 10_000
+"""So many requests are looked at in a second at the most: beyond a quarter of that, looks come less often."""
+
+AGAIN_AFTER_S: Final = 2.0
+"""After Redis did not answer."""
+
+ANSWER_TIMEOUT_S: Final = 5.0
+
+
+class Waiter:
+    """All that one event loop waits for in one Redis."""
+
+    def __init__(self, settings: ProducerSettings) -> None:
+        pool = BlockingConnectionPool.from_url(
+            settings.redis_url,
+            max_connections=1,
+            timeout=ANSWER_TIMEOUT_S,
+            socket_timeout=ANSWER_TIMEOUT_S,
+            socket_connect_timeout=ANSWER_TIMEOUT_S,
+            client_name="dagrelay-triggerer",
+        )
+        self._redis = Redis(connection_pool=pool)
+        self._known: dict[str, Standing | None] = {}
+        self._followers: dict[str, set[asyncio.Queue[Standing]]] = {}
+        self._looking: asyncio.Task[None] | None = None
+        self._new = asyncio.Event()
+
+    async def changes(self, request_id: str) -> AsyncGenerator[Standing, None]:
+        """Yield how a request stands: now, and whenever that changes; never ends by itself.
+
+        Of what changes several times between two looks the last is told. While Redis is away nothing is
+        told, and what happened is afterwards.
+        """
+        queue: asyncio.Queue[Standing] = asyncio.Queue()
+        self._followers.setdefault(request_id, set()).add(queue)
+        known = self._known.get(request_id)
+        if known is not None:
+            queue.put_nowait(known)
+        else:
+            self._known[request_id] = None
+            self._new.set()
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._look_on(), name="dagrelay waiter")
+        try:
+            while True:
+                yield await queue.get()
+        finally:
+            followers = self._followers[request_id]
+            followers.discard(queue)
+            if not followers:
+                del self._followers[request_id], self._known[request_id]
+
+    async def _look_on(self) -> None:
+        away = False
+        try:
+            while self._known:
+                self._new.clear()
+                try:
+                    await self._look()
+                except (RedisError, OSError) as exc:
+                    if not away:
+                        log.warning(
+                            "Dagrelay's Redis does not answer (%s: %s); asked again", type(exc).__name__, exc
+                        )
+                    away = True
+                    await asyncio.sleep(AGAIN_AFTER_S)
+                    continue
+                if away:
+                    log.info("Dagrelay's Redis answers again")
+                away = False
+                with contextlib.suppress(TimeoutError):  # one that comes new is looked at without waiting
+                    pause_s = max(LOOK_EVERY_S, len(self._known) / PER_SECOND)
+                    await asyncio.wait_for(self._new.wait(), pause_s)
+                    await asyncio.sleep(0.01)  # and those that come with it
+        finally:
+            self._looking = None
+            await self._redis.aclose()
+
+    async def _look(self) -> None:
+        """Tell each follower what has changed. Raises what redis-py raises."""
+        ids = list(self._known)
+        for start in range(0, len(ids), AT_ONCE):
+            some = {one: self._known[one] for one in ids[start : start + AT_ONCE] if one in self._known}
+            answer = await self._run(look_args(some))
+            for request_id, standing in changes_in(answer).items():
+                if request_id not in self._known:
+                    continue  # nobody waits for it any more
+                self._known[request_id] = standing
+                for queue in self._followers.get(request_id, ()):
+                    queue.put_nowait(standing)
+
+    async def _run(self, args: list[str]) -> Any:
+        try:
+            return await self._redis.execute_command("EVALSHA", LOOK.sha, 0, *args)
+        except NoScriptError:
+            return await self._redis.execute_command("EVAL", LOOK.lua, 0, *args)
+
+
+_waiters: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Waiter]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def waiter_for(settings: ProducerSettings) -> Waiter:
+    """Return the waiter of this event loop for a Redis."""
+    of_loop = _waiters.setdefault(asyncio.get_running_loop(), {})
+    found = of_loop.get(settings.redis_url)
+    if found is None:
+        found = of_loop[settings.redis_url] = Waiter(settings)
+    return found
