@@ -48,19 +48,30 @@ class RelayOperator(BaseOperator):  # type: ignore[misc]
         The Airflow connection to Dagrelay's Redis (templated). See `hook`.
     deferrable
         Wait in the triggerer (the default). False: in the worker, which does nothing else meanwhile.
+    end_from_trigger
+        Have the triggerer end a task whose request ended well (the default), without a worker of Airflow's.
+        A task with outlets is resumed on a worker all the same: the triggerer makes no asset events.
     """
 
     template_fields: Sequence[str] = ("relay_conn_id",)
     operator_extra_links: ClassVar[Any] = (FlowerLink(),)
     ui_color = "#e8f0fe"
     first_wait_s: float = 0.0
+    trigger_class: type[RelayTrigger] = RelayTrigger
+    """Its `xcoms` must make of an outcome what `outcome` returns."""
 
     def __init__(
-        self, *, relay_conn_id: str = DEFAULT_CONN_ID, deferrable: bool = True, **kwargs: Any
+        self,
+        *,
+        relay_conn_id: str = DEFAULT_CONN_ID,
+        deferrable: bool = True,
+        end_from_trigger: bool = True,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.relay_conn_id = relay_conn_id
         self.deferrable = deferrable
+        self.end_from_trigger = end_from_trigger
         self.flower_link: str | None = None
         self._request_id: str | None = None
         self._relay: RelayClient | None = None
@@ -169,9 +180,12 @@ class RelayOperator(BaseOperator):  # type: ignore[misc]
         return found is not None and found.ended
 
     def _defer(self, request_id: str) -> NoReturn:
-        self.defer(
-            trigger=RelayTrigger(request_id, relay_conn_id=self.relay_conn_id), method_name="execute_complete"
+        trigger = self.trigger_class(
+            request_id,
+            relay_conn_id=self.relay_conn_id,
+            end_from_trigger=self.end_from_trigger and self.do_xcom_push and not self.outlets,
         )
+        self.defer(trigger=trigger, method_name="execute_complete")
         raise AssertionError  # defer() never returns
 
     def _wait_here(self, context: Any, target: RelayTarget, client: RelayClient, request_id: str) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import weakref
 from collections.abc import AsyncGenerator
@@ -19,6 +20,7 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.exceptions import NoScriptError, RedisError
 
 from ..settings import ProducerSettings
+from ..stores.records import RESULT_PREFIX
 from ..stores.standing import AT_ONCE, LOOK, Standing, changes_in, look_args
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,9 @@ AGAIN_AFTER_S: Final = 2.0
 """After Redis did not answer."""
 
 ANSWER_TIMEOUT_S: Final = 5.0
+
+MOST_OUTCOME_BYTES: Final = 48_000
+"""The largest outcome that becomes an XCom in the triggerer, whose one thread has others to serve."""
 
 
 class Waiter:
@@ -75,6 +80,19 @@ class Waiter:
             followers.discard(queue)
             if not followers:
                 del self._followers[request_id], self._known[request_id]
+
+    async def outcome(self, request_id: str) -> Any:
+        """Return what a request that ended well has ended in, as JSON values.
+
+        None where that is too large to be handled here (`MOST_OUTCOME_BYTES`), is kept no longer, or cannot be
+        asked for now.
+        """
+        try:
+            text = await self._redis.getrange(RESULT_PREFIX + request_id, 0, MOST_OUTCOME_BYTES)
+            found = json.loads(text) if len(text) <= MOST_OUTCOME_BYTES else {}
+        except (RedisError, OSError, ValueError):
+            return None
+        return found.get("result") if found.get("status") == "SUCCESS" else None
 
     async def _look_on(self) -> None:
         away = False
