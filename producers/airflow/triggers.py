@@ -26,8 +26,8 @@ class RelayTrigger(BaseTrigger):  # type: ignore[misc]
 
     Writes what is told of it into the task's log meanwhile. When somebody marks the waiting task, clears it
     or deletes its run, the request is cancelled, unless `cancel_on_kill` is false; when the triggerer stops,
-    it is not. With `end_from_trigger` a request that ended well ends the task right here, which saves a second
-    or two, and a start of a worker.
+    it is not. With `end_from_trigger` a request that ended well ends the task right here, which saves a
+    second or two, and a start of a worker.
     """
 
     def __init__(

@@ -84,8 +84,8 @@ class Waiter:
     async def outcome(self, request_id: str) -> Any:
         """Return what a request that ended well has ended in, as JSON values.
 
-        None where that is too large to be handled here (`MOST_OUTCOME_BYTES`), is kept no longer, or cannot be
-        asked for now.
+        None where that is too large to be handled here (`MOST_OUTCOME_BYTES`), is kept no longer, or cannot
+        be asked for now.
         """
         try:
             text = await self._redis.getrange(RESULT_PREFIX + request_id, 0, MOST_OUTCOME_BYTES)
