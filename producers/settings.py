@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import os
 import re
 import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from redis.connection import parse_url
 
 from .errors import ConfigurationError
+
+CONF_KEY = "DAGRELAY_CONF_KEY"
+CONF_LIMIT = "DAGRELAY_CONF_LIMIT_BYTES"
+CONF_LIMIT_BYTES = 32_768
+"""A conf of more bytes as JSON goes by reference: see `stores.claim_check`."""
 
 _REDIS_URL = re.compile(r"(redis|rediss|unix)://.+")
 
@@ -29,6 +37,9 @@ class ProducerSettings:
     """For connecting and for each answer. Tried twice at the most, so a call ends within about 1 s."""
     max_connections: int = 20
     """Of this process. A further thread waits for one for `timeout_s`."""
+    conf_key: str = field(default="", repr=False)
+    """The keys by which confs are sealed, with commas between them: see `stores.claim_check`."""
+    conf_limit_bytes: int = CONF_LIMIT_BYTES
 
 
 def read_value(environ: Mapping[str, str], name: str, mistakes: list[str]) -> str | None:
@@ -45,6 +56,35 @@ def read_value(environ: Mapping[str, str], name: str, mistakes: list[str]) -> st
         except (OSError, UnicodeDecodeError) as exc:
             mistakes.append(f"{name}_FILE cannot be read: {type(exc).__name__}")
     return None
+
+
+def conf_key_problem(text: str) -> str:
+    """Return what is wrong with the keys for confs, or ""; shows none of them."""
+    for key in filter(None, (one.strip() for one in text.split(","))):
+        try:
+            size = len(base64.b64decode(key, altchars=b"-_", validate=True))
+        except (binascii.Error, ValueError):
+            size = 0
+        if size != 32:
+            return (
+                "holds what is no Fernet key: python -c 'from cryptography.fernet import Fernet; "
+                "print(Fernet.generate_key().decode())' makes one; several go with commas between them"
+            )
+    if text.strip(" ,") and find_spec("cryptography") is None:
+        return "is set, and the package cryptography is not installed: pip install 'dagrelay[crypto]'"
+    return ""
+
+
+def read_conf(environ: Mapping[str, str], mistakes: list[str]) -> tuple[str, int]:
+    """Return the keys for confs, and above how many bytes confs go by reference; note every mistake."""
+    key = (read_value(environ, CONF_KEY, mistakes) or "").strip()
+    if problem := conf_key_problem(key):
+        mistakes.append(f"{CONF_KEY} {problem}")
+    text = environ.get(CONF_LIMIT) or str(CONF_LIMIT_BYTES)
+    if not (text.isascii() and text.isdecimal() and len(text) <= 7 and int(text) <= 1_000_000):
+        mistakes.append(f"{CONF_LIMIT} is {text[:20]!r}: give a whole number from 0 to 1000000")
+        return key, CONF_LIMIT_BYTES
+    return key, int(text)
 
 
 def redis_url_problem(url: str) -> str:
@@ -89,6 +129,9 @@ def read_settings(environ: Mapping[str, str] | None = None, **given: str | None)
     name = given.get("client_name") or environ.get("DAGRELAY_CLIENT_NAME") or default_client_name()
     if not name.isprintable():
         mistakes.append("DAGRELAY_CLIENT_NAME holds characters that cannot be printed")
+    conf_key, conf_limit_bytes = read_conf(environ, mistakes)
     if mistakes:
         raise ConfigurationError(*mistakes)
-    return ProducerSettings(redis_url=url or "", client_name=name[:100])
+    return ProducerSettings(
+        redis_url=url or "", client_name=name[:100], conf_key=conf_key, conf_limit_bytes=conf_limit_bytes
+    )
