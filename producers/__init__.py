@@ -13,36 +13,47 @@
 
 `DAGRELAY_REDIS_URL`, or `configure(redis_url=...)`, names the Redis of Dagrelay's workers. This package
 neither needs nor touches the host's own Celery app.
+
+Nothing is loaded before it is asked for: an Airflow imports this package in each of its processes, each
+task's among them, only to read which operators there are.
 """
 
-from .client import RelayClient, client, configure
-from .contract import Call, DagRun, Find, JobOutcome, Outcome, PollRequest, Submit, TriggerRequest
-from .errors import (
-    AirflowError,
-    BrokerUnavailable,
-    ConfigurationError,
-    DagrelayError,
-    DagRunFailed,
-    DagRunGone,
-    DagRunOverdue,
-    ExternalJobError,
-    ExternalJobFailed,
-    ExternalJobGone,
-    ExternalJobOverdue,
-    ExternalJobSilent,
-    ExternalJobUnreadable,
-    FanOutBroken,
-    InvalidRequest,
-    RequestCancelled,
-    RequestUnknown,
-    ResultExpired,
-    ResultNotReady,
-    SubmitRejected,
-    SubmitUnknown,
-)
-from .fan_out import FanOut, afan_out, fan_out
-from .handle import Handle
-from .stubs import poll_external_job, register_relay, trigger_dag
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .client import RelayClient, client, configure
+    from .contract import Call, DagRun, Find, JobOutcome, Outcome, PollRequest, Submit, TriggerRequest
+    from .errors import (
+        AirflowError,
+        BrokerUnavailable,
+        ConfigurationError,
+        DagrelayError,
+        DagRunFailed,
+        DagRunGone,
+        DagRunOverdue,
+        ExternalJobError,
+        ExternalJobFailed,
+        ExternalJobGone,
+        ExternalJobOverdue,
+        ExternalJobSilent,
+        ExternalJobUnreadable,
+        FanOutBroken,
+        InvalidRequest,
+        RequestCancelled,
+        RequestUnknown,
+        ResultExpired,
+        ResultNotReady,
+        SubmitRejected,
+        SubmitUnknown,
+    )
+    from .fan_out import FanOut, afan_out, fan_out
+    from .handle import Handle
+    from .stubs import poll_external_job, register_relay, trigger_dag
 
 __all__ = [
     "AirflowError",
@@ -85,3 +96,67 @@ __all__ = [
     "register_relay",
     "trigger_dag",
 ]
+
+_NAMES_IN = {
+    "client": ("RelayClient", "client", "configure"),
+    "contract": (
+        "Call",
+        "DagRun",
+        "Find",
+        "JobOutcome",
+        "Outcome",
+        "PollRequest",
+        "Submit",
+        "TriggerRequest",
+    ),
+    "errors": (
+        "AirflowError",
+        "BrokerUnavailable",
+        "ConfigurationError",
+        "DagrelayError",
+        "DagRunFailed",
+        "DagRunGone",
+        "DagRunOverdue",
+        "ExternalJobError",
+        "ExternalJobFailed",
+        "ExternalJobGone",
+        "ExternalJobOverdue",
+        "ExternalJobSilent",
+        "ExternalJobUnreadable",
+        "FanOutBroken",
+        "InvalidRequest",
+        "RequestCancelled",
+        "RequestUnknown",
+        "ResultExpired",
+        "ResultNotReady",
+        "SubmitRejected",
+        "SubmitUnknown",
+    ),
+    "fan_out": ("FanOut", "afan_out", "fan_out"),
+    "handle": ("Handle",),
+    "stubs": ("poll_external_job", "register_relay", "trigger_dag"),
+}
+_MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names}
+
+
+class _Package(ModuleType):
+    """This package, with names that come when they are asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        found = getattr(import_module(f"{self.__name__}.{_MODULE_OF[name]}"), name)
+        setattr(self, name, found)
+        return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The modules `client` and `fan_out` hold functions of these names, and whoever imports a module puts
+        # it in the function's place.
+        if not (name in _MODULE_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package
