@@ -68,6 +68,9 @@ LIST_EVERY_S: Final = 1.0
 SLACK_S: Final = 5.0
 """How much longer a lease is than the HTTP timeouts of its look."""
 
+LIST_SLACK_S: Final = 0.05
+"""It may come a little early: the next look is due on a grid, and would wait for the one after it."""
+
 MOST_LOOKS: Final = 500
 MOST_TEXT: Final = 1_000_000
 """How many looks, and how many characters of what they saw, are written in one script."""
@@ -236,7 +239,7 @@ def claim_due(waits: Waits, batch: _Batch) -> int:
     names = [follower.group for follower in members]
     for follower, (due, _) in zip(members, waits.due_looks(names), strict=True):
         room = min(due, follower.room())
-        if room > 0 and may_begin(follower.group):
+        if room > 0 and may_begin(follower.group, due):
             token, claimed = waits.claim_looks(
                 follower.group,
                 lease_s=follower.lease_s,
@@ -250,13 +253,20 @@ def claim_due(waits: Waits, batch: _Batch) -> int:
     return total
 
 
-def may_begin(group: str) -> bool:
-    """Tell whether looks of a group may begin: those at DAG runs are paced, over all workers."""
+def may_begin(group: str, due: int) -> bool:
+    """Tell whether looks of a group may begin: those at DAG runs are paced, over all workers.
+
+    `due`: how many would. So few that they need no list may begin twice as often.
+    """
     if not group.startswith("airflow:"):
         return True
+    from .airflow.run_looks import FEW
+
     pace = f"dagrelay:listed:{group.partition(':')[2]}"
+    pace_s = LIST_EVERY_S / 2 if due <= FEW else LIST_EVERY_S
+    pace_s -= LIST_SLACK_S
     try:
-        return bool(store_client().set(pace, "1", nx=True, px=int(LIST_EVERY_S * 1000)))
+        return bool(store_client().set(pace, "1", nx=True, px=int(pace_s * 1000)))
     except OutOfMemoryError:
         return True  # Redis is full: at the pace of the batches, so that what has ended makes room
 

@@ -36,6 +36,13 @@ ENDED: Final = ("success", "failed")
 DAG_RUN_LOOK_S: Final = 2.0
 """How often a run is looked at. Ends are to be seen within 3 s, with at most one list call a second."""
 
+FEW_RUNS_LOOK_S: Final = 1.0
+ONE_RUN_LOOK_S: Final = 0.5
+"""The same where no more than `FEW_RUNS`, or `FEW`, are waited for: a look at them costs Airflow next to
+nothing, and somebody may wait for just this one."""
+
+FEW_RUNS: Final = 100
+
 MAX_PAUSE_S: Final = 30.0
 """The longest pause between two looks while Airflow gives no answer, or refuses the credentials."""
 
@@ -51,13 +58,18 @@ MIN_LIST: Final = 25
 CROWDED_S: Final = 600.0
 
 
-def next_look_in_s(now: float, pause_s: float = 0.0) -> float:
+def next_look_in_s(now: float, pause_s: float = 0.0, every_s: float = FEW_RUNS_LOOK_S) -> float:
     """Return the seconds until the next look, at the earliest in `pause_s`: on a grid that all runs share.
 
     So all of a connection's runs are due together, whenever each was started. `now` is Redis' time.
     """
-    at = now + max(pause_s, DAG_RUN_LOOK_S / 8)
-    return at - now + DAG_RUN_LOOK_S - at % DAG_RUN_LOOK_S
+    at = now + max(pause_s, every_s / 8)
+    return at - now + every_s - at % every_s
+
+
+def every_s_for(runs: int) -> float:
+    """Return how often so many runs are looked at."""
+    return ONE_RUN_LOOK_S if runs <= FEW else FEW_RUNS_LOOK_S if runs <= FEW_RUNS else DAG_RUN_LOOK_S
 
 
 def look_at_runs(airflow: AirflowClient, claimed: Sequence[Claimed], now: float) -> list[Seen]:
@@ -65,7 +77,7 @@ def look_at_runs(airflow: AirflowClient, claimed: Sequence[Claimed], now: float)
 
     Raises nothing of Airflow's: what cannot be asked is an error of the look, and no end of the waiting.
     """
-    look = _Look(airflow, now)
+    look = _Look(airflow, now, every_s_for(len(claimed)))
     runs = [_Waited.of(one) for one in claimed]
     look.list_of([run for run in runs if run.at is not None])
     look.each([run for run in runs if run not in look.states and run not in look.failed])
@@ -103,8 +115,8 @@ class _Waited:
 class _Look:
     """One look at many runs."""
 
-    def __init__(self, airflow: AirflowClient, now: float) -> None:
-        self._airflow = airflow
+    def __init__(self, airflow: AirflowClient, now: float, every_s: float) -> None:
+        self._airflow, self._every_s = airflow, every_s
         self._now, self._began = now, time.monotonic()
         self.states: dict[_Waited, str | None] = {}  # None: there is no such run
         self.failed: dict[_Waited, AirflowError] = {}
@@ -171,7 +183,7 @@ class _Look:
         return Seen(run.task_id, run.epoch, "changed", self._next_in_s(), state, shown=state != run.seen)
 
     def _next_in_s(self, pause_s: float = 0.0) -> float:
-        return next_look_in_s(self._now + time.monotonic() - self._began, pause_s)
+        return next_look_in_s(self._now + time.monotonic() - self._began, pause_s, self._every_s)
 
 
 class _Learned:
@@ -209,4 +221,4 @@ def _learned(connection_id: str) -> _Learned:
     return _known.setdefault(connection_id, _Learned())
 
 
-__all__ = ["DAG_RUN_LOOK_S", "ENDED", "FACTS", "look_at_runs", "next_look_in_s"]
+__all__ = ["DAG_RUN_LOOK_S", "ENDED", "FACTS", "FEW", "every_s_for", "look_at_runs", "next_look_in_s"]

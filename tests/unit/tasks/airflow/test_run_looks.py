@@ -11,7 +11,14 @@ from producers.stores.waits import Claimed
 from tasks.airflow import run_looks
 from tasks.airflow.answers import RunList, RunView
 from tasks.airflow.connections import AirflowConnection
-from tasks.airflow.run_looks import DAG_RUN_LOOK_S, SINGLY, look_at_runs, next_look_in_s
+from tasks.airflow.run_looks import (
+    DAG_RUN_LOOK_S,
+    FEW_RUNS_LOOK_S,
+    ONE_RUN_LOOK_S,
+    SINGLY,
+    look_at_runs,
+    next_look_in_s,
+)
 
 NOON = datetime(2026, 11, 20, 12, tzinfo=UTC)
 NOW = NOON.timestamp() + 0.7
@@ -87,17 +94,24 @@ def test_one_list_call_looks_at_all_and_the_ends_wake(airflow):
     assert seen[3].first == "queued"
 
 
-def test_all_runs_of_an_airflow_are_due_together_on_the_next_two_seconds(airflow):
-    for run_id in "abc":
+@pytest.mark.parametrize(
+    ("runs", "every_s"), [(1, ONE_RUN_LOOK_S), (3, FEW_RUNS_LOOK_S), (101, DAG_RUN_LOOK_S)]
+)
+def test_all_runs_of_an_airflow_are_due_together_and_the_less_often_the_more_there_are(
+    airflow, runs, every_s
+):
+    run_ids = [f"r{number}" for number in range(runs)]
+    for run_id in run_ids:
         airflow.add(run_id, "running")
 
-    seen = look_at_runs(airflow, claimed("a", "b", "c"), NOW)
+    seen = look_at_runs(airflow, claimed(*run_ids), NOW)
 
     for one in seen:
-        due = (NOW + one.next_in_s) % DAG_RUN_LOOK_S
-        assert min(due, DAG_RUN_LOOK_S - due) < 0.1
-    assert 0.25 < next_look_in_s(NOON.timestamp() + 1.999) <= 2.25  # not twice at once
-    assert next_look_in_s(NOON.timestamp(), 7.0) == 8.0
+        due = (NOW + one.next_in_s) % every_s
+        assert min(due, every_s - due) < 0.1
+        assert one.next_in_s <= every_s * 1.2
+    assert 0.25 < next_look_in_s(NOON.timestamp() + 1.999, every_s=2.0) <= 2.25  # not twice at once
+    assert next_look_in_s(NOON.timestamp(), 7.0, 2.0) == 8.0
 
 
 def test_a_run_that_is_nowhere_is_gone(airflow):
