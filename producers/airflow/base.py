@@ -225,6 +225,24 @@ def name_of(context: Any, airflow_name: str) -> str:
     return str(uuid.uuid5(_TASKS, json.dumps(parts)))
 
 
+def asked_by(context: Any) -> str:
+    """Return who asks, as records and notes of runs have it: which task of this Airflow, and which try."""
+    ti = context["ti"]
+    index = f"[{ti.map_index}]" if ti.map_index >= 0 else ""
+    return f"airflow {ti.dag_id}/{ti.task_id}{index} try {ti.try_number} of {ti.run_id}"[:100]
+
+
+def has_template(value: Any) -> bool:
+    """Tell whether a value, or a part of it, is known only when the task runs: a template, or an XCom."""
+    if isinstance(value, str):
+        return "{{" in value or "{%" in value
+    if isinstance(value, dict):
+        return any(has_template(part) for pair in value.items() for part in pair)
+    if isinstance(value, list | tuple | set):
+        return any(has_template(part) for part in value)
+    return hasattr(value, "iter_references") or callable(value)  # an XComArg; what Airflow calls to render
+
+
 class _told_to_airflow:
     """Turn our errors into Airflow's: into a failure for good where a retry could change nothing."""
 

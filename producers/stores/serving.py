@@ -3,15 +3,17 @@
 ============================== ===========================================================================
 key                            what
 ============================== ===========================================================================
-``dagrelay:airflow:<task>``    hash: `request`, the id of the request that serves it, and `generation`, which
-                               changes when somebody clears the task instance, and not when it is retried
+``dagrelay:airflow:<task>``    hash: `request`, the id of the request that serves it; `generation`, which
+                               changes when somebody clears the task instance, and not when it is retried;
+                               `before`, `cleared`, `made`: see `Served`; `forgotten`, the id of a request
+                               whose outcome was not good enough
 ============================== ===========================================================================
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, cast
 
 from redis import Redis
 
@@ -22,30 +24,41 @@ SERVED_FOR_S: Final = int(MAX_WAIT_S) + KEEP_S
 """How long it is known by which request a task instance is served: for as long as one may be waited for."""
 
 # KEYS: the hash of the task instance. ARGV: the id of a new request, the generation, seconds to keep it.
-# Returns the id of the request that serves it from now on, how, and one that is left and still goes on.
+# Returns the id of the request that serves it from now on, how, one that is left and still goes on, the one
+# before, whether a clear lies between the two ('1'), and the run that one of them has made.
 TAKE: Final = Script("""
-local known = redis.call('HMGET', KEYS[1], 'request', 'generation')
-local how, left = 'first', ''
-if known[1] then
-  local record = redis.call('HMGET', 'dagrelay:record:' .. known[1], 'state', 'cancel_by')
-  local state = record[1]
-  local over = state == 'failed' or state == 'cancelled' or (record[2] and state ~= 'done')
-  if known[2] == ARGV[2] and not over then
-    redis.call('EXPIRE', KEYS[1], ARGV[3])
-    return {known[1], state and 'attached' or 'first', ''}
-  end
-  how = 'again'
-  if state and not over and state ~= 'done' then left = known[1] end
+local known = redis.call('HMGET', KEYS[1], 'request', 'generation', 'forgotten', 'before', 'cleared', 'made')
+for part = 4, 6 do known[part] = known[part] or '' end
+if not known[1] then
+  redis.call('HSET', KEYS[1], 'request', ARGV[1], 'generation', ARGV[2])
+  redis.call('EXPIRE', KEYS[1], ARGV[3])
+  return {ARGV[1], 'first', '', '', '', ''}
 end
-redis.call('HSET', KEYS[1], 'request', ARGV[1], 'generation', ARGV[2])
+local record = redis.call('HMGET', 'dagrelay:record:' .. known[1], 'state', 'cancel_by', 'run')
+local state = record[1]
+local stopped = redis.call('HGET', 'dagrelay:fan-out:' .. known[1], 'stopped')
+local cancelled = record[2] or (stopped and string.find(stopped, 'asked by ', 1, true) == 1)
+local over = state == 'failed' or state == 'cancelled' or (cancelled and state ~= 'done')
+  or known[3] == known[1]
+if known[2] == ARGV[2] and not over then
+  redis.call('EXPIRE', KEYS[1], ARGV[3])
+  local how = state and 'attached' or known[4] ~= '' and 'again' or 'first'
+  return {known[1], how, '', known[4], known[5], known[6]}
+end
+local cleared = known[2] ~= ARGV[2] and '1' or ''
+local left = (state and not over and state ~= 'done') and known[1] or ''
+local run = record[3] and cjson.decode(record[3])
+if type(run) == 'table' and (run.created == true or run.cleared == true) then known[6] = run.dag_run_id end
+redis.call('HSET', KEYS[1], 'request', ARGV[1], 'generation', ARGV[2], 'before', known[1],
+  'cleared', cleared, 'made', known[6])
 redis.call('EXPIRE', KEYS[1], ARGV[3])
-return {ARGV[1], how, left}
+return {ARGV[1], 'again', left, known[1], cleared, known[6]}
 """)
 
 # Only where it is still that request's: a cleared task instance may be served by another already.
 FORGET: Final = Script("""
 if redis.call('HGET', KEYS[1], 'request') == ARGV[1] then
-  redis.call('HDEL', KEYS[1], 'request', 'generation')
+  redis.call('HSET', KEYS[1], 'forgotten', ARGV[1])
 end
 """)
 
@@ -61,10 +74,16 @@ class Served:
     or belongs to a generation that somebody cleared."""
     left: str | None
     """The request of a cleared generation that still goes on, and is to be cancelled."""
+    before: str | None = None
+    """The request before this one."""
+    cleared: bool = False
+    """Whether somebody cleared the task instance between those two: then all of it is to be done anew."""
+    made: str | None = None
+    """The id of the run that one before has made, or cleared: that run is this task instance's own."""
 
 
 def serving_key(task: str) -> str:
-    """Return the Redis key for a task instance, by its name: see `TaskName`."""
+    """Return the Redis key for a task instance, by the name that its operator gives it."""
     return f"dagrelay:airflow:{task}"
 
 
@@ -75,10 +94,18 @@ def take(client: Redis, task: str, new_id: str, generation: str) -> Served:
     it was. Raises what redis-py raises.
     """
     answer = TAKE.run(client, (serving_key(task),), (new_id, generation, SERVED_FOR_S))
-    request_id, how, left = (one.decode() if isinstance(one, bytes) else str(one) for one in answer)
-    return Served(request_id, how, left or None)  # type: ignore[arg-type]
+    request_id, how, left, before, cleared, made = (
+        one.decode() if isinstance(one, bytes) else str(one) for one in answer
+    )
+    return Served(request_id, how, left or None, before or None, cleared == "1", made or None)  # type: ignore[arg-type]
+
+
+def serves(client: Redis, task: str) -> str | None:
+    """Return the id of the request that serves a task instance, or None. Raises what redis-py raises."""
+    found = cast("bytes | str | None", client.hget(serving_key(task), "request"))
+    return found.decode() if isinstance(found, bytes) else found
 
 
 def forget(client: Redis, task: str, request_id: str) -> None:
-    """Have the next try begin anew. Raises what redis-py raises."""
+    """Have the next try begin anew, though this request has ended well. Raises what redis-py raises."""
     FORGET.run(client, (serving_key(task),), (request_id,))
