@@ -5,6 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.made-from-lock
 VERSION ?= 3
+JOBS ?= 4
 
 # The system's certificates, as pip, git and curl use them: behind a company's proxy uv's own do not do.
 export UV_SYSTEM_CERTS ?= true
@@ -112,8 +113,8 @@ doctor: $(READY)  ## the effective settings, with every dependency tried
 health: $(READY)  ## is anything stuck, and what to do about it
 	@$(REDIS) exec $(VENV)/bin/dagrelay health --progress
 
-test: $(READY)  ## the tests: unit, integration, system ([ARGS='tests/unit -x'])
-	@exec $(PY) -m pytest $(if $(ARGS),$(ARGS),$(wildcard tests/unit tests/integration tests/system))
+test: $(READY)  ## the tests, in 4 processes, JOBS=0 in this one ([JOBS=4] [ARGS='tests/unit -x'])
+	@exec $(PY) -m pytest -n $(JOBS) $(if $(ARGS),$(ARGS),$(wildcard tests/system tests/integration tests/unit))
 
 lint: $(READY)  ## style, format and spelling
 	$(PY) -m ruff check

@@ -6,7 +6,6 @@ CRASH_FROM and CRASH_TO ask for a range, each n with every server and pool; else
 from __future__ import annotations
 
 import os
-import random
 import signal
 import time
 from collections import Counter
@@ -20,11 +19,12 @@ from kombu import Connection
 
 from local.redis7 import Redis7
 from local.valkey import Valkey
+from tests.chance import drawn
 
 from .nursery import Nursery
 
 # By some 20 commands the first batch is done, by 60 what it parked, by 90 all of it.
-NUMBERS = list(range(1, 40)) + sorted(random.SystemRandom().sample(range(40, 90), 13))
+NUMBERS = list(range(1, 40)) + sorted(drawn("numbers").sample(range(40, 90), 13))
 AT_A_TIME = 20
 NAMESPACE = "crash"  # of app.py
 WANTED = {

@@ -25,6 +25,7 @@ from tasks.redis_transport import Keys, Lot, messages, scripts
 from tasks.redis_transport import hand as hand_module
 from tasks.redis_transport.channel import claim
 from tasks.redis_transport.hand import Hand, Line, Why, restore
+from tests.chance import drawn
 
 SEEDS = int(os.environ.get("MODEL_SEEDS", "8"))
 STEPS = int(os.environ.get("MODEL_STEPS", "250"))
@@ -664,7 +665,7 @@ class Model:
         assert {key for key in left if "_kombu" not in key and key != KEYS.returned} == set()
 
 
-@pytest.mark.parametrize("seed", [*range(SEEDS), random.SystemRandom().randrange(1000, 10**9)])
+@pytest.mark.parametrize("seed", [*range(SEEDS), drawn("seed").randrange(1000, 10**9)])
 def test_every_message_is_in_exactly_one_place_whatever_happens(
     either: Valkey, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import time
 from collections import Counter
@@ -24,10 +23,11 @@ from producers.stores.records import Accepted, Records
 from producers.stores.waits import CANCELLED, DUE, PARKED, Waits, looks_key
 from tasks import waiting
 from tasks.redis_transport import Keys
+from tests.chance import drawn
 
 from .nursery import Nursery
 
-NUMBERS = sorted(random.SystemRandom().sample(range(1, 90), 32))  # by some 90 commands all of it is done
+NUMBERS = sorted(drawn("numbers").sample(range(1, 90), 32))  # by some 90 commands all of it is done
 AT_A_TIME = 16
 KEYS = Keys("", "dagrelay")
 CYCLES = ("a", "b")

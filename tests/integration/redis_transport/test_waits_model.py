@@ -27,6 +27,7 @@ from tasks import waiting
 from tasks.redis_transport import Keys, Lot
 from tasks.redis_transport.channel import claim
 from tasks.redis_transport.hand import Hand, Line
+from tests.chance import drawn
 
 SEEDS = int(os.environ.get("MODEL_SEEDS", "8"))
 STEPS = int(os.environ.get("MODEL_STEPS", "250"))
@@ -534,7 +535,7 @@ class Model:
     }
 
 
-@pytest.mark.parametrize("seed", [*range(SEEDS), random.SystemRandom().randrange(1000, 10**9)])
+@pytest.mark.parametrize("seed", [*range(SEEDS), drawn("seed").randrange(1000, 10**9)])
 def test_what_waits_is_neither_lost_nor_woken_for_an_old_reason_whatever_happens(
     either: Valkey, seed: int
 ) -> None:
