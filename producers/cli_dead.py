@@ -19,6 +19,7 @@ from .client import RelayClient, told_as_unavailable
 from .contract import (
     POLL_EXTERNAL_JOB,
     SEND_WEBHOOK,
+    SET_TASK_STATE,
     TRIGGER_DAG,
     shown_message,
     shown_poll,
@@ -239,6 +240,8 @@ def _shown(letter: Letter) -> str:
     if letter.request is None:
         if letter.task == SEND_WEBHOOK:
             return "to tell a hook how a request ended"
+        if letter.task == SET_TASK_STATE:
+            return "to tell an Airflow task how a request ended"
         return f"<{letter.raw_bytes} bytes that no worker could read>" if letter.raw else why_not(letter)
     given = letter.request["kwargs"]
     shown = shown_poll(given) if letter.request["task"] == POLL_EXTERNAL_JOB else shown_message(given)

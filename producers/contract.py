@@ -47,6 +47,7 @@ VERSION: Final = 1
 TRIGGER_DAG: Final = "tasks.trigger_dag"
 POLL_EXTERNAL_JOB: Final = "tasks.poll_external_job"
 SEND_WEBHOOK: Final = "tasks.send_webhook"
+SET_TASK_STATE: Final = "tasks.set_task_state"
 
 QUEUE_TRIGGERS: Final = "triggers"
 QUEUE_JOBS: Final = "jobs"
@@ -127,6 +128,18 @@ def _run_id(value: str) -> str:
             "would be refused by Airflow: up to 250 of A-Z a-z 0-9 _ . ~ : + -, without '..', "
             f"and not beginning with {', '.join(_RESERVED_RUN_IDS)}"
         )
+    return value
+
+
+def _task_id(value: str) -> str:
+    if not _DAG_ID.match(value) or value in (".", ".."):
+        raise ValueError("is no task id: letters, digits, '_', '-' and '.' only")
+    return value
+
+
+def _existing_run_id(value: str) -> str:
+    if value in (".", "..", "~"):
+        raise ValueError("cannot be part of a URL: Airflow could never be asked for it")
     return value
 
 
@@ -672,6 +685,35 @@ def _cancel(value: Any) -> Any:
     return value
 
 
+class TaskInstance(_Request):
+    """One task of one DAG run, as Airflow addresses it. Raises `InvalidRequest` naming every wrong argument.
+
+    dag_id, dag_run_id, task_id
+        Which task of which run; the run may be a scheduled one.
+    map_index
+        Which instance of a mapped task. -1 (the default) is a task that is not mapped, and never all
+        instances of one that is.
+    try_number
+        Which try of it waits for the job, from 1. A task that has been cleared, or tried again, since then is
+        left alone. Without it, so is a task that began after the request was accepted.
+    connection
+        In which Airflow: the worker knows it as `AIRFLOW_CONN_<ID>`.
+    """
+
+    dag_id: Annotated[str, Field(min_length=1, max_length=250), AfterValidator(_dag_id)]
+    dag_run_id: Annotated[
+        Text, Field(min_length=1, max_length=MAX_RUN_ID_LENGTH), AfterValidator(_existing_run_id)
+    ]
+    task_id: Annotated[str, Field(min_length=1, max_length=250), AfterValidator(_task_id)]
+    map_index: Annotated[int, Field(ge=-1, le=2**31 - 1)] = -1
+    try_number: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    connection: Annotated[str, Field(min_length=1, max_length=100), AfterValidator(_connection)] = "default"
+
+    def __str__(self) -> str:
+        index = f"[{self.map_index}]" if self.map_index >= 0 else ""
+        return f"task {self.task_id}{index} of run {self.dag_run_id} of DAG {self.dag_id}"
+
+
 class PollRequest(_Request):
     """One job on an outside service, to be started (optional) and followed until it ends.
 
@@ -730,6 +772,10 @@ class PollRequest(_Request):
         Names by which somebody may wake it (`wake`): a webhook, a callback, a message.
     on_end
         Whom to tell when the request has ended: see `TriggerRequest`.
+    task_instance
+        The Airflow task that waits for the job, as a dict of `TaskInstance`'s fields: it is set to success
+        when the job is done, and to failed when the request ends in any other way. A task that has ended, or
+        runs anew, is left alone.
     """
 
     service: Annotated[str, Field(min_length=1, max_length=100), AfterValidator(_connection)]
@@ -765,6 +811,7 @@ class PollRequest(_Request):
     on_cancel: Annotated[Call | Publish | None, BeforeValidator(_cancel)] = None
     wake_keys: Annotated[list[WakeKey], Field(max_length=20)] = Field(default_factory=list)
     on_end: Hooks = Field(default_factory=list)
+    task_instance: TaskInstance | None = None
 
     @model_validator(mode="after")
     def _as_a_whole(self) -> Self:
@@ -887,6 +934,8 @@ class PollRequest(_Request):
             parts.append(f"submit='{self.submit.method} {self.submit.path.partition('?')[0]}'")
         if self.then is not None:
             parts.append(f"then={str(self.then.get('dag_id'))!r}")
+        if self.task_instance is not None:
+            parts.append(f"task_instance={str(self.task_instance)!r}")
         return ", ".join(parts)
 
 

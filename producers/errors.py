@@ -26,6 +26,7 @@ the very class that the worker raised.
     ├── Quarantined               no worker could read its message, or it ended each worker that had it
     ├── FanOutBroken              a part of a fan-out was lost: it can never complete
     ├── WebhookNotDelivered       a hook could not be told of an end: the dead letter of that says it again
+    ├── TaskStateNotSet           an Airflow task could not be told of an end: its dead letter says it again
     ├── HookNotConfigured         a hook is to be told, and the worker does not know it
     ├── ExternalJobError
     │   ├── ServiceUnavailable    no usable answer: asked again; never the end of a request
@@ -270,6 +271,17 @@ class WebhookNotDelivered(DagrelayError):
     def __str__(self) -> str:
         times = "time" if self.attempts == 1 else "times"
         return f"hook {self.hook!r} could not be told, tried {self.attempts} {times}: {self.reason}"
+
+
+class TaskStateNotSet(DagrelayError):
+    """An Airflow task could not be told how its job ended. The request itself is not concerned."""
+
+    def __init__(self, task: str, state: str, reason: str) -> None:
+        super().__init__(task, state, reason)
+        self.task, self.state, self.reason = task, state, reason
+
+    def __str__(self) -> str:
+        return f"{self.task} was not set to {self.state}: {self.reason}"
 
 
 class HookNotConfigured(DagrelayError):

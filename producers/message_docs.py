@@ -55,6 +55,13 @@ _HEADERS: Final = {
     "additionalProperties": {"type": "string", "pattern": _whole(contract._HEADER_VALUE)},
 }
 _TRIGGER_REF: Final = {"$ref": "#/$defs/TriggerRequest"}
+_OF_ITS_MODEL: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
+    "TaskInstance": {
+        "dag_run_id": {**_TEXT, "not": {"pattern": f"^([.]{{1,2}}|~){_END}"}},
+        "task_id": _DAG,
+    }
+}
+"""The same as `_REFINED`, where a field of that name means something else in this model."""
 
 _REFINED: Final[Mapping[str, Mapping[str, Any]]] = {
     "dag_id": _DAG,
@@ -116,7 +123,7 @@ def _object(*models: type[BaseModel], rules: list[dict[str, Any]] | None = None)
         schema = model.model_json_schema(ref_template="#/$defs/{model}")
         texts = _texts_of(model)
         for name, given in schema["properties"].items():
-            own = _refined(name, _plain(given))
+            own = _refined(name, _plain(given), _OF_ITS_MODEL.get(model.__name__, {}))
             if name in texts:
                 own["description"] = texts[name]
             properties[name] = own
@@ -144,8 +151,10 @@ def _plain(schema: Any) -> Any:
     return schema
 
 
-def _refined(name: str, schema: dict[str, Any]) -> dict[str, Any]:
-    more = _REFINED.get(name)
+def _refined(
+    name: str, schema: dict[str, Any], of_its_model: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    more = of_its_model.get(name) or _REFINED.get(name)
     if more is None:
         return schema
     kinds = schema.get("anyOf")

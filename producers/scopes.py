@@ -26,7 +26,8 @@ class Scope:
     hooks: tuple[str, ...] = ()
 
     def check(self, request: TriggerRequest | PollRequest) -> None:
-        """Raise NotAllowed for what is not in it; what a job's `then` triggers counts too.
+        """Raise NotAllowed for what is not in it; what a job's `then` triggers counts, and the DAG whose
+        task it ends.
 
         The text says what the sender asked for, and nothing of what there is.
         """
@@ -35,6 +36,10 @@ class Scope:
                 raise NotAllowed(f"service: {request.service!r} is not among those that you may use")
             if request.then is not None:
                 self._check_trigger(request.then, "then.")
+            if request.task_instance is not None:  # a task that is set to success has its DAG go on
+                task = request.task_instance
+                about = {"dag_id": task.dag_id, "connection": task.connection}
+                self._check_trigger(about, "task_instance.")
         else:
             self._check_trigger({"dag_id": request.dag_id, "connection": request.connection}, "")
         self._check_hooks(request.on_end, "")

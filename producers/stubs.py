@@ -24,6 +24,7 @@ from .contract import (
     PollRequest,
     Publish,
     Submit,
+    TaskInstance,
     TriggerRequest,
     Window,
 )
@@ -253,6 +254,7 @@ def _poll_external_job(
     on_cancel: Call | Publish | dict[str, Any] | None = None,
     wake_keys: list[str] | None = None,
     on_end: list[str] | None = None,
+    task_instance: TaskInstance | dict[str, Any] | None = None,
 ) -> PollRequest:
     """Start a job on an outside service (with `submit`) and follow it until it ends; waiting costs no worker.
 

@@ -4,6 +4,7 @@ from . import beat as beat
 from . import desk as desk
 from . import fan_out as fan_out
 from . import looks as looks
+from . import task_state as task_state
 from . import webhooks as webhooks
 from .app import app
 from .external_job import poll_external_job

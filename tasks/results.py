@@ -20,10 +20,10 @@ from celery.backends.redis import RedisBackend
 from celery.exceptions import Reject
 from celery.utils.log import get_logger
 
-from producers.contract import POLL_EXTERNAL_JOB, TRIGGER_DAG, TriggerRequest, reference_for
-from producers.errors import DagrelayError, OutcomeUnknown, SubmitUnknown, error_from
+from producers.contract import POLL_EXTERNAL_JOB, TRIGGER_DAG, TaskInstance, TriggerRequest, reference_for
+from producers.errors import DagrelayError, InvalidRequest, OutcomeUnknown, SubmitUnknown, error_from
 from producers.stores.dead import EXPIRED
-from producers.stores.envelope import end_messages
+from producers.stores.envelope import end_messages, task_state_message
 from producers.stores.fan_outs import FanOuts
 from producers.stores.letters import Keeping
 from producers.stores.notices import at_end_field
@@ -284,13 +284,19 @@ def _of_request(request: Any, result: Any) -> dict[str, str]:
 def _whom_to_tell(task_id: str, request: Any) -> dict[str, str]:
     """Return what an end is to send on: the record of a request that came past our door does not have it."""
     kwargs = getattr(request, "kwargs", None)
-    hooks = kwargs.get("on_end") if isinstance(kwargs, dict) else None
-    if not isinstance(hooks, list) or getattr(request, "task", None) not in (TRIGGER_DAG, POLL_EXTERNAL_JOB):
+    if not isinstance(kwargs, dict) or getattr(request, "task", None) not in (TRIGGER_DAG, POLL_EXTERNAL_JOB):
         return {}
-    named = dict.fromkeys(
-        one.lower() for one in hooks[:MAX_HOOKS] if isinstance(one, str) and HOOK.match(one)
-    )
-    return {"at_end": at_end_field(end_messages(list(named), task_id, "dagrelay"))} if named else {}
+    hooks, task = kwargs.get("on_end"), kwargs.get("task_instance")
+    named = [
+        one.lower()
+        for one in (hooks[:MAX_HOOKS] if isinstance(hooks, list) else ())
+        if isinstance(one, str) and HOOK.match(one)
+    ]
+    sent_on = end_messages(named, task_id, "dagrelay")
+    if request.task == POLL_EXTERNAL_JOB and isinstance(task, dict):
+        with suppress(InvalidRequest, TypeError):  # which the request ends with
+            sent_on.append(task_state_message(TaskInstance(**task), task_id, "dagrelay"))
+    return {"at_end": at_end_field(sent_on)} if sent_on else {}
 
 
 def _of_outcome(state: State, result: Any) -> dict[str, str]:

@@ -64,6 +64,8 @@ class WorkerSettings:
     )
     """The pauses between the attempts to tell a hook: about a day in all, so that a receiver that is away for
     a night still hears of what ended. They grow by a fifth at random."""
+    task_state_for_s: float = 86_400.0
+    """How long it is tried to tell an Airflow task how its job ended, without holds of its connection."""
     dead_keep_s: int = 14 * 86_400
     """How long a dead letter is kept."""
     dead_max: int = 100_000
@@ -218,6 +220,7 @@ def read_settings(environ: Mapping[str, str]) -> WorkerSettings:
         fan_out_watch_s=_number(environ, "DAGRELAY_FAN_OUT_WATCH_S", 60, 0.2, 3600, mistakes),
         metrics_ports=metrics_ports,
         metrics_host=metrics_host,
+        task_state_for_s=_number(environ, "DAGRELAY_TASK_STATE_FOR_S", 86_400, 0, 30 * 86_400, mistakes),
         dead_keep_s=int(_number(environ, "DAGRELAY_DEAD_KEEP_S", 14 * 86_400, 60, 366 * 86_400, mistakes)),
         dead_max=int(_number(environ, "DAGRELAY_DEAD_MAX", 100_000, 1, 10_000_000, mistakes)),
     )

@@ -1,7 +1,8 @@
 """An Airflow that is only an HTTP server, with the faults of a real one, on demand.
 
 It speaks enough of the API of Airflow 3 for a worker: version, token, trigger, get, list, count, clear,
-note, state, what tasks returned, delete; of a DAG whether it is paused. Runs are kept by (dag id, run id),
+note, state, what tasks returned, how task instances stand and their change, delete; of a DAG whether it is
+paused. Runs are kept by (dag id, run id),
 one each, as Airflow's unique constraint keeps them. A fault decides for each POST of a run what becomes of
 it: see `Fault`. For tests and benchmarks; it measures nothing.
 """
@@ -29,6 +30,7 @@ Fault = Literal[
     "429",  # nothing is made, and the answer is 429 with Retry-After: 1
     "reset",  # nothing is made, and the connection is reset
     "html",  # nothing is made, and a proxy answers 502 with a page
+    "403",  # of task instances: nothing is changed, as the role may not
 ]
 
 
@@ -41,8 +43,10 @@ class FakeAirflow:
     `gets` the GETs of each run; while `silent`, questions about runs are answered with 503. `traces` maps
     (dag id, run id) to the `traceparent` with which it was last asked for. `dags` maps DAG ids to what is
     shown of them; any other is not paused. `asked` counts the questions about each, and `unpaused` how
-    often one was unpaused, which `may_unpause` allows. `most_unfinished` is the most runs of one of
-    `dags` that were ever queued or running together.
+    often one was unpaused, which `may_unpause` allows. `tasks` maps (dag id, run id, task id, map index) to
+    task instances, `mapped` has the (dag id, task id) of mapped tasks, `patches` the bodies of all changes of
+    task instances, with which instance; `on_patch` is asked for a fault before each. `most_unfinished` is
+    the most runs of one of `dags` that were ever queued or running together.
     """
 
     username, password, token = "admin", "adminpw", "a-token"
@@ -77,6 +81,10 @@ class FakeAirflow:
         self.unpaused: Counter[str] = Counter()
         self.may_unpause = True
         self.most_unfinished: Counter[str] = Counter()
+        self.tasks: dict[tuple[str, str, str, int], dict[str, Any]] = {}
+        self.mapped: set[tuple[str, str]] = set()
+        self.patches: list[tuple[tuple[str, str, str, int], dict[str, Any]]] = []
+        self.on_patch: Callable[[], Fault] = lambda: "answer"
         self.cleared: Counter[tuple[str, str]] = Counter()
         self.in_flight = self.most_in_flight = 0
         self.delay_s = 0.0
@@ -131,6 +139,25 @@ class FakeAirflow:
         }
         self.runs[dag_id, run_id] = run
         return run
+
+    def make_task(
+        self, dag_id: str, run_id: str, task_id: str, map_index: int = -1, **given: Any
+    ) -> dict[str, Any]:
+        """Put a task instance there, that runs."""
+        task = {
+            "dag_id": dag_id,
+            "dag_run_id": run_id,
+            "task_id": task_id,
+            "map_index": map_index,
+            "state": "running",
+            "try_number": 1,
+            "start_date": datetime.now(UTC).isoformat(),
+            "end_date": None,
+            "note": None,
+            **given,
+        }
+        self.tasks[dag_id, run_id, task_id, map_index] = task
+        return task
 
     def dag(self, dag_id: str) -> dict[str, Any]:
         """A DAG as it is shown."""
@@ -255,6 +282,12 @@ class _Handler(BaseHTTPRequestHandler):
             case "POST", ["api", "v2", "dags", "~", "dagRuns", "list"]:
                 airflow.lists += 1
                 self._reply(200, self._listed(body))
+            case "GET", ["api", "v2", "dags", dag_id, "tasks", task_id]:
+                self._reply(200, {"task_id": task_id, "is_mapped": (dag_id, task_id) in airflow.mapped})
+            case _, [*_, "dags", dag_id, "dagRuns", run_id, "taskInstances", task_id, index] if (
+                index.removeprefix("-").isdecimal()
+            ):
+                self._task_instance(method, (dag_id, run_id, task_id, int(index)), body)
             case "GET", ["api", "v2", "dags", dag_id, "dagRuns", run_id, "taskInstances", task_id, *rest]:
                 self._reply(*self._task(dag_id, run_id, task_id, bool(rest)))
             case _, ["api", "v2", "dags", dag_id, "dagRuns", run_id, *rest]:
@@ -316,6 +349,36 @@ class _Handler(BaseHTTPRequestHandler):
         return 404, {
             "detail": f"The Task Instance with dag_id: `{dag_id}` and task_id: `{task_id}` was not found"
         }
+
+    def _task_instance(self, method: str, key: tuple[str, str, str, int], body: dict[str, Any]) -> None:
+        """Show a task instance, or set it to a state."""
+        airflow = self.airflow
+        task = airflow.tasks.get(key)
+        fault = airflow.on_patch() if method == "PATCH" else "answer"
+        if fault in ("503", "403"):
+            self._reply(int(fault), {"detail": "Forbidden" if fault == "403" else "busy"})
+            return
+        if task is None:
+            words = (
+                "The Mapped Task Instance with dag_id: `{}`, run_id: `{}`, task_id: `{}`, and map_index: `{}`"
+            )
+            self._reply(404, {"detail": f"{words.format(*key)} was not found"})
+            return
+        if method == "PATCH":
+            airflow.patches.append((key, body))
+            if task["state"] == body["new_state"]:
+                self._reply(409, {"detail": f"Task id {key[2]} is already in {body['new_state']} state"})
+                return
+            task |= {
+                "state": body["new_state"],
+                "note": body.get("note"),
+                "end_date": datetime.now(UTC).isoformat(),
+            }
+        if fault == "drop":
+            self.close_connection = True
+            self.connection.close()
+            return
+        self._reply(200, {"task_instances": [task], "total_entries": 1} if method == "PATCH" else task)
 
     def _log_in(self, body: dict[str, Any]) -> tuple[int, Any]:
         airflow = self.airflow

@@ -17,10 +17,12 @@ from ..contract import (
     QUEUE_JOBS,
     QUEUE_TRIGGERS,
     SEND_WEBHOOK,
+    SET_TASK_STATE,
     TRIGGER_DAG,
     VERSION,
     Asked,
     PollRequest,
+    TaskInstance,
     TriggerRequest,
 )
 from ..errors import InvalidRequest
@@ -106,8 +108,11 @@ def item_of(
         if request.job_id is not None:
             fields += f"\0job_id\0{request.job_id}"
         about = (task, "", "", "", "", asked.by)
-    if request.on_end:
-        fields += f"\0at_end\0{at_end_field(end_messages(request.on_end, task_id, asked.by))}"
+    sent_on = end_messages(request.on_end, task_id, asked.by)
+    if isinstance(request, PollRequest) and request.task_instance is not None:
+        sent_on.append(task_state_message(request.task_instance, task_id, asked.by))
+    if sent_on:
+        fields += f"\0at_end\0{at_end_field(sent_on)}"
     for name, value in (more or {}).items():
         fields += f"\0{name}\0{value}"
     return Accepted(
@@ -141,25 +146,45 @@ def end_messages(hooks: Sequence[str], task_id: str, by: str) -> list[tuple[str,
     Their ids are made from the request's: one that comes twice is one.
     """
     return [
-        (
-            QUEUE_JOBS,
-            _envelope(
-                task=SEND_WEBHOOK,
-                task_id=f"{task_id}.end.{hook}",
-                queue=QUEUE_JOBS,
-                kwargs={"v": VERSION, "task_id": task_id, "hook": hook},
-                callbacks=None,
-                errbacks=None,
-                kwargsrepr=f"task_id={task_id!r}, hook={hook!r}",
-                eta=None,
-                expires=None,
-                priority=0,
-                origin=by,
-                ignore_result=True,
-            ),
+        _sent_on(
+            SEND_WEBHOOK,
+            f"{task_id}.end.{hook}",
+            {"v": VERSION, "task_id": task_id, "hook": hook},
+            f"task_id={task_id!r}, hook={hook!r}",
+            by,
         )
         for hook in dict.fromkeys(hooks)
     ]
+
+
+def task_state_message(task: TaskInstance, task_id: str, by: str) -> tuple[str, bytes]:
+    """Return the message, with its list, that has workers tell an Airflow task of a request's end."""
+    about = task.model_dump(mode="json", exclude_unset=True)
+    return _sent_on(
+        SET_TASK_STATE,
+        f"{task_id}.task",
+        {"v": VERSION, "task_id": task_id, "task_instance": about},
+        f"task_id={task_id!r}, task_instance={str(task)!r}",
+        by,
+    )
+
+
+def _sent_on(task: str, message_id: str, kwargs: Mapping[str, Any], shown: str, by: str) -> tuple[str, bytes]:
+    raw = _envelope(
+        task=task,
+        task_id=message_id,
+        queue=QUEUE_JOBS,
+        kwargs=kwargs,
+        callbacks=None,
+        errbacks=None,
+        kwargsrepr=shown,
+        eta=None,
+        expires=None,
+        priority=0,
+        origin=by,
+        ignore_result=True,
+    )
+    return QUEUE_JOBS, raw
 
 
 def _envelope(

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from typing import Any, Final, Literal
 from urllib.parse import quote
 
-from producers.contract import DagRun
+from producers.contract import DagRun, TaskInstance
 from producers.errors import AirflowUnavailable, DagNotFound, RequestRejected
 from tasks.airflow.connections import AirflowConnection, ApiVersion
 from tasks.http import HttpResponse, retry_after_s
@@ -75,6 +75,20 @@ class Xcom:
 
 
 TaskKind = Literal["plain", "mapped", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskView:
+    """A task instance as Airflow shows it. `state` is None for one that is not scheduled (yet, or any more).
+
+    `try_number` is that of the newest try that was scheduled, 0 for none; `start_date` that of the newest try
+    that ran.
+    """
+
+    state: str | None
+    try_number: int
+    start_date: datetime | None
+    note: str | None
 
 
 def as_dag_run(view: RunView, connection: AirflowConnection, created: bool, cleared: bool = False) -> DagRun:
@@ -242,6 +256,36 @@ def this_run(response: HttpResponse, dag_id: str, run_id: str, api: ApiVersion) 
     if (view.dag_id, view.run_id) != (dag_id, run_id):
         raise AirflowUnavailable("the answer is about another run than the one asked for")
     return view
+
+
+def this_task(response: HttpResponse, task: TaskInstance) -> TaskView:
+    """Return the task instance in a successful answer. Raises AirflowUnavailable if it is none, or
+    another.
+    """
+    match response.json():
+        case {
+            "dag_id": task.dag_id,
+            "dag_run_id": task.dag_run_id,
+            "task_id": task.task_id,
+            "map_index": task.map_index,
+            "state": str() | None as state,
+            "try_number": int() as try_number,
+            **rest,
+        }:
+            note = rest.get("note")
+            started = read_instant(rest.get("start_date"))
+            return TaskView(state, try_number, started, note if isinstance(note, str) else None)
+        case _:
+            raise somebody_else(response)
+
+
+def is_mapped(response: HttpResponse) -> bool:
+    """Return what a successful answer says of a DAG's task. Raises AirflowUnavailable if it does not."""
+    match response.json():
+        case {"is_mapped": bool() as found}:
+            return found
+        case _:
+            raise somebody_else(response)
 
 
 def unavailable(response: HttpResponse, words: str = "") -> AirflowUnavailable:

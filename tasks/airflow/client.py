@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, Protocol, TypeVar
 
-from producers.contract import TriggerRequest
+from producers.contract import TaskInstance, TriggerRequest
 from producers.errors import AirflowUnavailable, CredentialsRefused, RequestRejected
 from tasks.airflow import protocol_v1, protocol_v2
 from tasks.airflow.answers import (
@@ -25,6 +25,7 @@ from tasks.airflow.answers import (
     RunList,
     RunView,
     TaskKind,
+    TaskView,
     TokenRefused,
     Xcom,
     as_dag_run,
@@ -42,6 +43,7 @@ __all__ = [
     "DagView",
     "RunList",
     "RunView",
+    "TaskView",
     "as_dag_run",
 ]
 
@@ -79,6 +81,9 @@ class ApiModule(Protocol):
     def count_unfinished(self, dag_id: str) -> HttpRequest: ...
     def get_xcom(self, dag_id: str, run_id: str, task_id: str) -> HttpRequest: ...
     def get_task(self, dag_id: str, run_id: str, task_id: str) -> HttpRequest: ...
+    def get_dag_task(self, dag_id: str, task_id: str) -> HttpRequest: ...
+    def get_task_instance(self, task: TaskInstance) -> HttpRequest: ...
+    def set_task_state(self, task: TaskInstance, state: str, note: str) -> HttpRequest: ...
     def read_version(self, response: HttpResponse) -> str | None: ...
     def read_created(self, response: HttpResponse, request: TriggerRequest, run_id: str) -> RunView: ...
     def read_run(self, response: HttpResponse, dag_id: str, run_id: str) -> RunView | None: ...
@@ -88,6 +93,9 @@ class ApiModule(Protocol):
     def read_count(self, response: HttpResponse, dag_id: str) -> int: ...
     def read_xcom(self, response: HttpResponse) -> Xcom | None: ...
     def read_task(self, response: HttpResponse) -> TaskKind: ...
+    def read_is_mapped(self, response: HttpResponse) -> bool: ...
+    def read_task_instance(self, response: HttpResponse, task: TaskInstance) -> TaskView | None: ...
+    def read_task_set(self, response: HttpResponse) -> None: ...
     def read_accepted(self, response: HttpResponse) -> None: ...
     def read_scheduler(self, response: HttpResponse) -> str | None: ...
 
@@ -252,6 +260,37 @@ class AirflowClient:
         if kind == "none":
             raise RequestRejected(404, f"the run has no task {task_id!r}")
         return None
+
+    def is_mapped(self, dag_id: str, task_id: str) -> bool:
+        """Return whether a DAG's task is mapped; one that the DAG does not have is not."""
+        return self._ask(
+            lambda api: api.get_dag_task(dag_id, task_id),
+            lambda api, response: api.read_is_mapped(response),
+        )
+
+    def get_task_instance(self, task: TaskInstance) -> TaskView | None:
+        """Return how a task of a run stands, None if there is none (or no such run, or DAG)."""
+        return self._ask(
+            lambda api: api.get_task_instance(task),
+            lambda api, response: api.read_task_instance(response, task),
+        )
+
+    def set_task_state(self, task: TaskInstance, state: str, note: str) -> None:
+        """End one task instance, in `state` (success, failed), with a note of up to 1000 characters.
+
+        Neither what is up- nor downstream of it is set, nor another run. Airflow tries a task that was set to
+        failed no more. Raises RequestRejected (404) where it is gone.
+        """
+        if self._known_server().protocol is protocol_v1:
+            # First, as in Airflow 3: whoever is told of the state finds the note.
+            self._ask(
+                lambda api: protocol_v1.set_task_note(task, note),
+                lambda api, response: protocol_v1.read_task_set(response),
+            )
+        self._ask(
+            lambda api: api.set_task_state(task, state, note),
+            lambda api, response: api.read_task_set(response),
+        )
 
     def authorised(self) -> tuple[ApiModule, Mapping[str, str]]:
         """Return which API the server speaks, and the headers that authorise a request, for a batch.

@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import Any, Final
 from urllib.parse import urlencode
 
-from producers.contract import TriggerRequest, is_run_id
+from producers.contract import TaskInstance, TriggerRequest, is_run_id
 from producers.errors import DagBroken, DagNotFound, RequestRejected
 from tasks.airflow.answers import (
     JSON_HEADERS,
@@ -26,10 +26,12 @@ from tasks.airflow.answers import (
     RunList,
     RunView,
     TaskKind,
+    TaskView,
     TokenRefused,
     Xcom,
     clean,
     instant,
+    is_mapped,
     json_body,
     run_list,
     scrubbed,
@@ -37,6 +39,7 @@ from tasks.airflow.answers import (
     somebody_else,
     this_dag,
     this_run,
+    this_task,
     total,
     unavailable,
     xcom,
@@ -175,6 +178,28 @@ def get_xcom(dag_id: str, run_id: str, task_id: str, *, as_text: bool = False) -
     return HttpRequest("GET", path if as_text else f"{path}?stringify=false")
 
 
+def get_dag_task(dag_id: str, task_id: str) -> HttpRequest:
+    """Return the question for a task as its DAG has it; `read_is_mapped` reads it."""
+    return HttpRequest("GET", f"{_dag(dag_id)}/tasks/{segment('task id', task_id)}")
+
+
+def get_task_instance(task: TaskInstance) -> HttpRequest:
+    return HttpRequest("GET", _task(task))
+
+
+def set_task_state(task: TaskInstance, state: str, note: str) -> HttpRequest:
+    """Return the PATCH that ends one task instance; the note goes by `set_task_note`.
+
+    Without `dry_run: false` it is answered with 200, and nothing happens. Without an index it means -1, and a
+    mapped task is not found.
+    """
+    return HttpRequest("PATCH", _task(task), JSON_HEADERS, json_body({"new_state": state, "dry_run": False}))
+
+
+def set_task_note(task: TaskInstance, note: str) -> HttpRequest:
+    return HttpRequest("PATCH", f"{_task(task)}/setNote", JSON_HEADERS, json_body({"note": note}))
+
+
 def read_created(response: HttpResponse, request: TriggerRequest, run_id: str) -> RunView:
     """Return the run that the POST made. Raises DagRunExists and whatever `refusal` finds."""
     if response.status in (200, 201):
@@ -266,6 +291,34 @@ def read_task(response: HttpResponse) -> TaskKind:
     raise refusal(response)
 
 
+def read_is_mapped(response: HttpResponse) -> bool:
+    """Return whether a task is mapped; one that its DAG does not have is not."""
+    if response.status == 200:
+        return is_mapped(response)
+    if response.status == 404 and own_words(response) is not None:
+        return False
+    raise refusal(response)
+
+
+def read_task_instance(response: HttpResponse, task: TaskInstance) -> TaskView | None:
+    """Return the task instance, None if there is no such one (or no such run, or DAG)."""
+    if response.status == 200:
+        return this_task(response, task)
+    if response.status == 404 and own_words(response) is not None:
+        return None
+    raise refusal(response)
+
+
+def read_task_set(response: HttpResponse) -> None:
+    """Return if the task instance was changed: Airflow 2 says no more than {}.
+
+    Raises what `refusal` finds.
+    """
+    if response.status == 200 and isinstance(response.json(), dict):
+        return
+    raise somebody_else(response) if response.status == 200 else refusal(response)
+
+
 def read_found(response: HttpResponse) -> str | None:
     """Return the id of the first run of a list, or None if it is empty, or if there is no such DAG."""
     if response.status == 200:
@@ -333,3 +386,8 @@ def _dag(dag_id: str) -> str:
 
 def _run(dag_id: str, run_id: str) -> str:
     return f"{_dag(dag_id)}/dagRuns/{segment('run id', run_id)}"
+
+
+def _task(task: TaskInstance) -> str:
+    path = get_task(task.dag_id, task.dag_run_id, task.task_id).path
+    return f"{path}/{task.map_index}" if task.map_index >= 0 else path  # its routes know no -1

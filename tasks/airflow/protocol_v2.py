@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any, Final
 from urllib.parse import urlencode
 
-from producers.contract import TriggerRequest
+from producers.contract import TaskInstance, TriggerRequest
 from producers.errors import DagBroken, DagNotFound, RequestRejected
 from tasks.airflow.answers import (
     JSON_HEADERS,
@@ -24,10 +24,12 @@ from tasks.airflow.answers import (
     RunList,
     RunView,
     TaskKind,
+    TaskView,
     TokenRefused,
     Xcom,
     clean,
     instant,
+    is_mapped,
     json_body,
     run_list,
     scrubbed,
@@ -35,6 +37,7 @@ from tasks.airflow.answers import (
     somebody_else,
     this_dag,
     this_run,
+    this_task,
     total,
     unavailable,
     xcom,
@@ -157,6 +160,23 @@ def get_xcom(dag_id: str, run_id: str, task_id: str) -> HttpRequest:
     return HttpRequest("GET", f"{get_task(dag_id, run_id, task_id).path}/xcomEntries/return_value")
 
 
+def get_dag_task(dag_id: str, task_id: str) -> HttpRequest:
+    """Return the question for a task as its DAG has it; `read_is_mapped` reads it."""
+    return HttpRequest("GET", f"{_dag(dag_id)}/tasks/{segment('task id', task_id)}")
+
+
+def get_task_instance(task: TaskInstance) -> HttpRequest:
+    return HttpRequest("GET", _task(task))
+
+
+def set_task_state(task: TaskInstance, state: str, note: str) -> HttpRequest:
+    """Return the PATCH that ends one task instance, and gives it a note in the same step.
+
+    Always with the index: without one, every instance of a mapped task is set.
+    """
+    return HttpRequest("PATCH", _task(task), JSON_HEADERS, json_body({"new_state": state, "note": note}))
+
+
 def read_version(response: HttpResponse) -> str | None:
     """Return Airflow's version ("3.3.2"), or None if this API does not exist there.
 
@@ -241,6 +261,35 @@ def read_task(response: HttpResponse) -> TaskKind:
     if response.status == 404 and words is not None and re.search(r"\btask\b", words, re.IGNORECASE):
         return "mapped" if "is mapped" in words else "none"
     raise refusal(response)
+
+
+def read_is_mapped(response: HttpResponse) -> bool:
+    """Return whether a task is mapped; one that its DAG does not have is not."""
+    if response.status == 200:
+        return is_mapped(response)
+    if response.status == 404 and own_words(response) is not None:
+        return False
+    raise refusal(response)
+
+
+def read_task_instance(response: HttpResponse, task: TaskInstance) -> TaskView | None:
+    """Return the task instance, None if there is no such one (or no such run, or DAG)."""
+    if response.status == 200:
+        return this_task(response, task)
+    if response.status == 404 and own_words(response) is not None and removed(response) is None:
+        return None
+    raise refusal(response)
+
+
+def read_task_set(response: HttpResponse) -> None:
+    """Return if the task instance is in the state that was asked for. Raises what `refusal` finds."""
+    answer = response.json()
+    if response.status == 200 and isinstance(answer, dict) and "task_instances" in answer:
+        return
+    words = own_words(response)
+    if response.status == 409 and words is not None and "already in" in words:
+        return
+    raise somebody_else(response) if response.status == 200 else refusal(response)
 
 
 def read_found(response: HttpResponse) -> str | None:
@@ -342,3 +391,8 @@ def _dag(dag_id: str) -> str:
 
 def _run(dag_id: str, run_id: str) -> str:
     return f"{_dag(dag_id)}/dagRuns/{segment('run id', run_id)}"
+
+
+def _task(task: TaskInstance) -> str:
+    """Return the path of one task instance; -1 is that of a task that is not mapped, and of nothing else."""
+    return f"{get_task(task.dag_id, task.dag_run_id, task.task_id).path}/{task.map_index}"

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from local.airflow import Airflow, Version
-from producers.contract import TriggerRequest
+from producers.contract import TaskInstance, TriggerRequest
 from tasks.airflow import protocol_v1, protocol_v2
 from tasks.http import HttpRequest, HttpResponse, HttpSender, NoAnswer
 
@@ -252,8 +252,33 @@ def record_dag(record: Recorder, api: Any) -> None:
     record("dag_of_nobody", api.get_dag("nope"))
     record("unfinished_counted", api.count_unfinished("recorded_params"))
     record("unfinished_of_unknown_dag", api.count_unfinished("nope"))
+    record_tasks(record, api)
     record("unpaused", api.unpause_dag("recorded_params"))
     record("unpause_of_unknown_dag", api.unpause_dag("nope"))
+
+
+def record_tasks(record: Recorder, api: Any) -> None:
+    """What is asked about tasks that wait for a job: of a run of a paused DAG, and of one that has ended."""
+
+    def of(dag_id: str, run_id: str, task_id: str, map_index: int = -1) -> TaskInstance:
+        return TaskInstance(dag_id=dag_id, dag_run_id=run_id, task_id=task_id, map_index=map_index)
+
+    waiting = of("recorded_params", "counted-0", "nothing")
+    record("task_instance", api.get_task_instance(waiting))
+    record("task_instance_by_index", api.get_task_instance(of("recorded_results", "ended", "many", 1)))
+    record("task_instance_mapped", api.get_task_instance(of("recorded_results", "ended", "many")))
+    record("task_instance_unknown", api.get_task_instance(of("recorded_params", "counted-0", "nobody")))
+    record("task_instance_of_unknown_run", api.get_task_instance(of("recorded_params", "none", "nothing")))
+    record("dag_task", api.get_dag_task("recorded_params", "nothing"))
+    record("dag_task_mapped", api.get_dag_task("recorded_results", "many"))
+    record("dag_task_unknown", api.get_dag_task("recorded_results", "nobody"))
+    if api is protocol_v1:
+        record("task_note_set", api.set_task_note(waiting, NOTE))
+    record("task_set", api.set_task_state(waiting, "failed", NOTE))
+    record("task_set_again", api.set_task_state(waiting, "failed", NOTE))
+    record("task_set_mapped", api.set_task_state(of("recorded_results", "ended", "many"), "failed", NOTE))
+    unknown = of("recorded_params", "counted-0", "nobody")
+    record("task_set_unknown", api.set_task_state(unknown, "failed", NOTE))
 
 
 def with_admin(record: Recorder, request: HttpRequest) -> HttpRequest:
@@ -313,6 +338,9 @@ def record_v2(record: Recorder) -> None:
     viewer = json.loads((airflow.home / "passwords.json").read_text())["viewer"]
     record("forbidden", request, record.authorised("viewer", viewer))
     record("unpause_forbidden", api.unpause_dag("recorded"), record.authorised("viewer", viewer))
+    task = TaskInstance(dag_id="recorded_params", dag_run_id="counted-0", task_id="nothing")
+    forbidden = api.set_task_state(task, "success", NOTE)
+    record("task_set_forbidden", forbidden, record.authorised("viewer", viewer))
     record_broken(record, api)
     airflow.extra_env["AIRFLOW__API__EXPOSE_STACKTRACE"] = "True"
     airflow.restart_api()
@@ -355,6 +383,8 @@ def record_v1(record: Recorder) -> None:
     viewer = record.authorised("viewer", "viewer")
     record("forbidden", request, viewer)
     record("unpause_forbidden", api.unpause_dag("recorded"), viewer)
+    task = TaskInstance(dag_id="recorded_params", dag_run_id="counted-0", task_id="nothing")
+    record("task_set_forbidden", api.set_task_state(task, "success", NOTE), viewer)
     record("dags_of_viewer", api.ask_whether_accepted(), viewer)
     for size in (protocol_v1.MAX_BODY_BYTES, protocol_v1.MAX_BODY_BYTES + 1, 1_048_577):
         start = json.dumps({"dag_run_id": f"size-{size}", "conf": {"a": ""}}).encode()[:-3]

@@ -220,6 +220,7 @@ def test_every_argument_of_the_poll_stub_reaches_the_request():
         "on_cancel": {"path": "/jobs/{job_id}", "method": "DELETE"},
         "wake_keys": ["k"],
         "on_end": ["billing"],
+        "task_instance": {"dag_id": "d", "dag_run_id": "r", "task_id": "t", "map_index": 2, "try_number": 1},
     }
 
     sent = poll_external_job.request("train", **given).to_message()
