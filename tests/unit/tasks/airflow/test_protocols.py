@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
-from producers.contract import TriggerRequest
+from producers.contract import TaskInstance, TriggerRequest
 from producers.errors import AirflowUnavailable, DagBroken, DagNotFound, RequestRejected
 from tasks.airflow import protocol_v1, protocol_v2
 from tasks.airflow.answers import DagRunExists, DagView, Forbidden, NotThisApi, TokenRefused, retry_after_s
@@ -644,3 +644,106 @@ def test_a_run_is_failed_by_its_state(api):
     assert body_of(sent) == {"state": "failed"}
     assert PROTOCOLS[api].read_run(answer(api, "run_failed_by_hand"), "recorded", "full").state == "failed"
     assert PROTOCOLS[api].read_run(answer(api, "fail_of_unknown_run"), "recorded", "none") is None
+
+
+# Tasks that wait for a job
+
+WAITS = TaskInstance(dag_id="recorded_params", dag_run_id="counted-0", task_id="nothing")
+MANY = TaskInstance(dag_id="recorded_results", dag_run_id="ended", task_id="many")
+ONE_OF_MANY = TaskInstance(dag_id="recorded_results", dag_run_id="ended", task_id="many", map_index=1)
+
+
+def test_airflow_3_is_always_told_the_index_or_it_would_set_all():
+    path = "/api/v2/dags/recorded_params/dagRuns/counted-0/taskInstances/nothing/-1"
+    sent = protocol_v2.set_task_state(WAITS, "success", "a note")
+
+    assert protocol_v2.get_task_instance(WAITS).path == path
+    assert (sent.method, sent.path) == ("PATCH", path)
+    assert body_of(sent) == {"new_state": "success", "note": "a note"}
+    assert protocol_v2.set_task_state(ONE_OF_MANY, "failed", "").path.endswith("/taskInstances/many/1")
+
+
+def test_airflow_2_is_told_that_it_is_no_dry_run_and_knows_no_index_below_0():
+    path = "/api/v1/dags/recorded_params/dagRuns/counted-0/taskInstances/nothing"
+    sent = protocol_v1.set_task_state(WAITS, "success", "a note")
+
+    assert protocol_v1.get_task_instance(WAITS).path == path
+    assert (sent.method, sent.path) == ("PATCH", path)
+    assert body_of(sent) == {"new_state": "success", "dry_run": False}
+    assert protocol_v1.set_task_state(ONE_OF_MANY, "failed", "").path.endswith("/taskInstances/many/1")
+    noted = protocol_v1.set_task_note(ONE_OF_MANY, "a note")
+    assert noted.path.endswith("/taskInstances/many/1/setNote")
+    assert body_of(noted) == {"note": "a note"}
+
+
+@both
+def test_a_scheduled_runs_id_is_quoted(api):
+    task = TaskInstance(dag_id="d", dag_run_id="scheduled__2026-11-20T00:00:00+00:00", task_id="g.t")
+
+    assert (
+        "/dagRuns/scheduled__2026-11-20T00%3A00%3A00%2B00%3A00/"
+        in PROTOCOLS[api].get_task_instance(task).path
+    )
+
+
+@both
+def test_a_task_instance_is_read(api):
+    waits = PROTOCOLS[api].read_task_instance(answer(api, "task_instance"), WAITS)
+    one = PROTOCOLS[api].read_task_instance(answer(api, "task_instance_by_index"), ONE_OF_MANY)
+
+    assert (waits.state, waits.try_number, waits.start_date, waits.note) == (None, 0, None, None)
+    assert (one.state, one.try_number) == ("success", 1)
+    assert one.start_date.tzinfo is not None
+
+
+@both
+@pytest.mark.parametrize(
+    "case", ["task_instance_unknown", "task_instance_of_unknown_run", "task_instance_mapped"]
+)
+def test_a_task_instance_that_is_not_there_is_none(api, case):
+    assert PROTOCOLS[api].read_task_instance(answer(api, case), WAITS) is None
+
+
+@both
+def test_an_answer_about_another_instance_is_not_believed(api):
+    with pytest.raises(AirflowUnavailable):
+        PROTOCOLS[api].read_task_instance(answer(api, "task_instance_by_index"), MANY)
+
+
+@both
+def test_whether_a_task_is_mapped_is_read(api):
+    read = PROTOCOLS[api].read_is_mapped
+
+    assert read(answer(api, "dag_task_mapped")) is True
+    assert read(answer(api, "dag_task")) is False
+    assert read(answer(api, "dag_task_unknown")) is False
+    with pytest.raises((AirflowUnavailable, NotThisApi)):
+        read(page(404))
+
+
+@both
+@pytest.mark.parametrize("case", ["task_set", "task_set_again"])
+def test_a_task_that_is_in_its_state_is_set(api, case):
+    PROTOCOLS[api].read_task_set(answer(api, case))
+
+
+@both
+@pytest.mark.parametrize("case", ["task_set_unknown", "task_set_mapped"])
+def test_a_task_that_cannot_be_set_is_refused_for_good(api, case):
+    with pytest.raises(RequestRejected):
+        PROTOCOLS[api].read_task_set(answer(api, case))
+
+
+@both
+def test_who_may_not_set_a_task_is_told(api):
+    with pytest.raises(RequestRejected if api == "v2" else Forbidden):
+        PROTOCOLS[api].read_task_set(answer(api, "task_set_forbidden"))
+
+
+@both
+@pytest.mark.parametrize("status", [200, 404, 502])
+def test_a_proxys_page_sets_no_task(api, status):
+    with pytest.raises((AirflowUnavailable, NotThisApi)):
+        PROTOCOLS[api].read_task_set(page(status))
+    with pytest.raises((AirflowUnavailable, NotThisApi)):
+        PROTOCOLS[api].read_task_instance(page(status), WAITS)
