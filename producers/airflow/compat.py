@@ -10,6 +10,7 @@ try:  # Airflow 3
         AirflowNotFoundException,
         AirflowSkipException,
     )
+    from airflow.sdk.timezone import parse as parse_datetime
 
     AIRFLOW_3 = True
 except ImportError:
@@ -23,6 +24,7 @@ except ImportError:
     from airflow.models.baseoperator import BaseOperator
     from airflow.models.baseoperatorlink import BaseOperatorLink
     from airflow.sensors.base import BaseSensorOperator
+    from airflow.utils.timezone import parse as parse_datetime
 
     AIRFLOW_3 = False
 
@@ -36,4 +38,5 @@ __all__ = [
     "BaseOperator",
     "BaseOperatorLink",
     "BaseSensorOperator",
+    "parse_datetime",
 ]

@@ -6,10 +6,14 @@ from contextlib import suppress
 from typing import Any, Final
 from urllib.parse import quote
 
-from .compat import BaseOperatorLink
+from .compat import AIRFLOW_3, BaseOperatorLink
 
 FLOWER_URL: Final = "dagrelay_flower_url"
 """The XCom under which Airflow 2 finds the link; Airflow 3 keeps links by itself."""
+
+
+TRIGGERED_URL: Final = "trigger_run_url"
+"""The same for the run that a task has started."""
 
 
 class FlowerLink(BaseOperatorLink):  # type: ignore[misc]
@@ -19,13 +23,28 @@ class FlowerLink(BaseOperatorLink):  # type: ignore[misc]
 
     def get_link(self, operator: Any, *, ti_key: Any) -> str:
         """Return the address: in the process that runs the task, or from its XCom."""
-        found = getattr(operator, "flower_link", None)
-        if not found:
-            with suppress(Exception):  # a page of Airflow's is not to fail for want of a link
-                from airflow.models.xcom import XCom
+        return getattr(operator, "flower_link", None) or _kept(ti_key, FLOWER_URL)
 
-                found = XCom.get_value(ti_key=ti_key, key=FLOWER_URL)
-        return found or ""
+
+class TriggeredDagLink(BaseOperatorLink):  # type: ignore[misc]
+    """The run that a task has started, in whichever Airflow; "" until it is there."""
+
+    name = "Triggered DAG"
+
+    def get_link(self, operator: Any, *, ti_key: Any) -> str:
+        """Return the address: in the process that runs the task, or from its XCom."""
+        return getattr(operator, "triggered_url", None) or _kept(ti_key, TRIGGERED_URL)
+
+
+def _kept(ti_key: Any, name: str) -> str:
+    """Return a link of an XCom: Airflow 2 asks for it where it shows it."""
+    if AIRFLOW_3:
+        return ""
+    with suppress(Exception):  # a page of Airflow's is not to fail for want of a link
+        from airflow.models.xcom import XCom
+
+        return XCom.get_value(ti_key=ti_key, key=name) or ""
+    return ""
 
 
 def flower_link(flower_url: str | None, request_id: str) -> str:

@@ -62,7 +62,7 @@ def get_provider_info() -> dict[str, Any]:
                 },
             }
         ],
-        "extra-links": ["producers.airflow.links.FlowerLink"],
+        "extra-links": ["producers.airflow.links.FlowerLink", "producers.airflow.links.TriggeredDagLink"],
     }
 
 
