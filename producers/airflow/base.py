@@ -2,17 +2,24 @@
 
 **Tried again, started once.** Redis knows which request serves a task instance (`stores.serving`). A try that
 follows one which was killed finds that request and waits for it; one that follows a failure hands over a new
-one; and when somebody clears the task instance, what still goes on is cancelled first. Airflow tells the two
-apart by `max_tries`: a clear raises it, a retry does not.
+one; and when somebody clears the task instance, what still goes on is cancelled first: see `generation_of`.
+
+**Killed.** Whoever ends the task (marks it, clears it, deletes its run) ends the request, in the worker by
+`on_kill`, while it is deferred by the trigger. Airflow calls `on_kill` at any SIGTERM, that of a node being
+drained among them, and does not say which it is; so such a one ends the request too, and a retry begins anew.
+What is deferred has no process that could be drained. After SIGKILL nothing is ended, and a retry goes on.
 """
 
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import timedelta
 from typing import Any, ClassVar, Final, NoReturn
+from urllib.parse import urlsplit
 
 from ..client import RelayClient, new_task_id, told_as_unavailable
 from ..errors import (
@@ -20,20 +27,28 @@ from ..errors import (
     ConfigurationError,
     DagrelayError,
     InvalidRequest,
+    RequestCancelled,
     RequestUnknown,
     ResultExpired,
-    ResultNotReady,
+    SubmitUnknown,
 )
 from ..stores import serving
-from .compat import AirflowException, AirflowFailException, BaseOperator
+from ..stores.standing import Standing, look
+from .compat import AirflowException, AirflowFailException, AirflowSensorTimeout, BaseOperator
 from .hook import DEFAULT_CONN_ID, DagrelayHook, RelayTarget, client_for
 from .links import FLOWER_URL, FlowerLink, flower_link
-from .triggers import RelayTrigger
+from .triggers import RelayTrigger, words_of
 
 REQUEST_ID: Final = "dagrelay_request_id"
 """The XCom with the id of the request: what Flower, `dagrelay status` and the workers' logs call it."""
 
 WAIT_STEP_S: Final = 5.0
+
+TRIGGER_FAILED_S: Final = 60.0
+"""How long a worker waits itself after a trigger failed: one that always fails is tried no more often."""
+
+OUTCOME_WITHIN_S: Final = 60.0
+"""How long Redis may be away when the outcome is to be taken: the work is done, nothing is to be undone."""
 
 # Of the names by which Redis knows task instances. Never to change: a retry would start anew.
 _TASKS: Final = uuid.UUID("3c6f1d0a-7d0e-5b7c-9a53-0f4de2b64a11")
@@ -50,7 +65,10 @@ class RelayOperator(BaseOperator):  # type: ignore[misc]
         Wait in the triggerer (the default). False: in the worker, which does nothing else meanwhile.
     end_from_trigger
         Have the triggerer end a task whose request ended well (the default), without a worker of Airflow's.
-        A task with outlets is resumed on a worker all the same: the triggerer makes no asset events.
+        A task with outlets, callbacks on success or tasks mapped over its result is resumed on a worker all
+        the same: the triggerer makes no asset events, and counts no results.
+    cancel_on_kill
+        Cancel the request when somebody marks or clears the task, or deletes its run (the default).
     """
 
     template_fields: Sequence[str] = ("relay_conn_id",)
@@ -66,15 +84,18 @@ class RelayOperator(BaseOperator):  # type: ignore[misc]
         relay_conn_id: str = DEFAULT_CONN_ID,
         deferrable: bool = True,
         end_from_trigger: bool = True,
+        cancel_on_kill: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.relay_conn_id = relay_conn_id
         self.deferrable = deferrable
         self.end_from_trigger = end_from_trigger
+        self.cancel_on_kill = cancel_on_kill
         self.flower_link: str | None = None
         self._request_id: str | None = None
-        self._relay: RelayClient | None = None
+        self._target: RelayTarget | None = None
+        self._killed = False
 
     # What each operator says of its work
 
@@ -93,21 +114,13 @@ class RelayOperator(BaseOperator):  # type: ignore[misc]
 
     def execute(self, context: Any) -> Any:
         """Hand over, or find what an earlier try has handed over; then wait for it."""
-        with _told_to_airflow():
+        with self._told():
             target, client = self._reach()
-            task = name_of(context, target.airflow_name)
-            with told_as_unavailable():
-                served = serving.take(client.redis, task, new_task_id(), str(context["ti"].max_tries))
-            self._request_id = request_id = served.request_id
-            if served.left is not None:
-                self.log.info("the task was cleared: request %s is cancelled", served.left)
-                client.handle(served.left).cancel()
-            if served.how == "attached":
-                self.log.info("request %s was handed over by an earlier try", request_id)
-            else:
-                self.hand_over(client, request_id, context, served)
-                self.log.info("handed over as request %s", request_id)
-            self._tell(context, target, request_id)
+            request_id = self._request_for(context, target, client)
+            self._link(target, request_id)
+            context["ti"].xcom_push(key=REQUEST_ID, value=request_id)
+            if self.flower_link:
+                context["ti"].xcom_push(key=FLOWER_URL, value=self.flower_link)
             if self._ends_soon(client, request_id):
                 return self._end(context, target, client, request_id)
         if not self.deferrable:
@@ -116,10 +129,10 @@ class RelayOperator(BaseOperator):  # type: ignore[misc]
 
     def execute_complete(self, context: Any, event: dict[str, Any]) -> Any:
         """Take the outcome, when the trigger has seen the request end."""
-        with _told_to_airflow():
+        with self._told():
             target, client = self._reach()
-            self._request_id = request_id = str(event["request_id"])
-            self._tell(context, target, request_id)
+            request_id = self._request_id = str(event["request_id"])
+            self._link(target, request_id)
             if event.get("state") == "unknown":
                 raise RequestUnknown(request_id)
             return self._end(context, target, client, request_id)
@@ -131,45 +144,80 @@ class RelayOperator(BaseOperator):  # type: ignore[misc]
         """
         if next_method != "__fail__":
             return super().resume_execution(next_method, next_kwargs, context)
-        with _told_to_airflow():
-            target, client = self._reach()
-            task = name_of(context, target.airflow_name)
-            with told_as_unavailable():
-                served = serving.take(client.redis, task, new_task_id(), str(context["ti"].max_tries))
-        self._request_id = served.request_id
         words = str((next_kwargs or {}).get("error", ""))
-        if served.how == "attached" and "timeout" not in words.lower():
-            self.log.warning(
-                "the trigger failed (%s): request %s is waited for again", words, served.request_id
-            )
-            return self._defer(served.request_id)
-        self.on_kill()
-        return super().resume_execution(next_method, next_kwargs, context)
+        with self._told():
+            target, client = self._reach()
+            request_id = self._request_id = self._served_by(context, target, client)
+        if request_id is None:
+            return super().resume_execution(next_method, next_kwargs, context)
+        self._link(target, request_id)
+        if "timeout" in words.lower():
+            self.on_kill()
+            return super().resume_execution(next_method, next_kwargs, context)
+        trace = "\n".join((next_kwargs or {}).get("traceback") or ())
+        self.log.warning("the trigger failed (%s): waiting for request %s here\n%s", words, request_id, trace)
+        if self.deferrable and not self._wait_for_end(client, request_id, TRIGGER_FAILED_S):
+            return self._defer(request_id)
+        return self._wait_here(context, target, client, request_id)
 
     def on_kill(self) -> None:
         """Cancel the request: somebody ended the task while a worker had it."""
-        if self._request_id is None or self._relay is None:
+        self._killed = True
+        if self._request_id is None or self._target is None or not self.cancel_on_kill:
             return
+        # A client of its own: a signal may have interrupted the other one with its lock held.
+        client = RelayClient(self._target.settings)
         try:
-            state = self._relay.handle(self._request_id).cancel()
+            state = client.handle(self._request_id).cancel()
         except BrokerUnavailable as exc:
             self.log.error("request %s could not be cancelled: %s", self._request_id, exc)
         else:
             self.log.info("request %s is asked to be cancelled, it was %s", self._request_id, state)
+        finally:
+            client.redis.close()
 
     # The steps
 
-    def _reach(self) -> tuple[RelayTarget, RelayClient]:
-        target = DagrelayHook(self.relay_conn_id).target
-        self._relay = client_for(target)
-        return target, self._relay
+    def _told(self) -> _told_to_airflow:
+        return _told_to_airflow(self)
 
-    def _tell(self, context: Any, target: RelayTarget, request_id: str) -> None:
-        """Say in Airflow which request it is, and where Flower shows it."""
+    def _reach(self) -> tuple[RelayTarget, RelayClient]:
+        self._target = DagrelayHook(self.relay_conn_id).target
+        return self._target, client_for(self._target)
+
+    def _request_for(self, context: Any, target: RelayTarget, client: RelayClient) -> str:
+        """Return the id of the request that serves this task instance, handed over if it was not before."""
+        with told_as_unavailable():
+            served = serving.take(
+                client.redis, name_of(context, target.airflow_name), new_task_id(), generation_of(context)
+            )
+        self._request_id = served.request_id
+        if served.left is not None:
+            self.log.info("the task was cleared: request %s is cancelled", served.left)
+            client.handle(served.left).cancel()
+        if served.how == "attached":
+            self.log.info("request %s was handed over by an earlier try", served.request_id)
+        else:
+            self._end_if_killed()
+            self.hand_over(client, served.request_id, context, served)
+            self.log.info("handed over as request %s", served.request_id)
+            self._end_if_killed()
+        return served.request_id
+
+    def _end_if_killed(self) -> None:
+        """Raise where somebody ended the task meanwhile: Airflow 3 returns from its signal's handler."""
+        if self._killed:
+            self.on_kill()  # what had not been accepted then is now
+            raise AirflowException("the task was ended while it handed over its request")
+
+    def _served_by(self, context: Any, target: RelayTarget, client: RelayClient) -> str | None:
+        """Return the request that was handed over for this task instance, or None."""
+        with told_as_unavailable():
+            return serving.serves(client.redis, name_of(context, target.airflow_name))
+
+    def _link(self, target: RelayTarget, request_id: str) -> None:
+        """Have Airflow link to the request in Flower. Airflow 3 asks for it at the end of each process."""
         self.flower_link = flower_link(target.flower_url, request_id)
-        context["ti"].xcom_push(key=REQUEST_ID, value=request_id)
-        if self.flower_link:
-            context["ti"].xcom_push(key=FLOWER_URL, value=self.flower_link)
 
     def _ends_soon(self, client: RelayClient, request_id: str) -> bool:
         """Tell whether the request has ended, after a short wait where that is worth it."""
@@ -180,42 +228,81 @@ class RelayOperator(BaseOperator):  # type: ignore[misc]
         return found is not None and found.ended
 
     def _defer(self, request_id: str) -> NoReturn:
+        left = timedelta(seconds=self._left_s()) if self._left_s() < float("inf") else None
         trigger = self.trigger_class(
             request_id,
             relay_conn_id=self.relay_conn_id,
-            end_from_trigger=self.end_from_trigger and self.do_xcom_push and not self.outlets,
+            cancel_on_kill=self.cancel_on_kill,
+            end_from_trigger=self._may_end_in_triggerer(),
         )
-        self.defer(trigger=trigger, method_name="execute_complete")
+        self.defer(trigger=trigger, method_name="execute_complete", timeout=left)
         raise AssertionError  # defer() never returns
 
+    def _left_s(self) -> float:
+        """Return for how long the end may still be waited for; Airflow itself sees to `execution_timeout`."""
+        return float("inf")
+
+    def _may_end_in_triggerer(self) -> bool:
+        if not self.end_from_trigger or not self.do_xcom_push or self.outlets or self.on_success_callback:
+            return False
+        return next(iter(self.iter_mapped_dependants()), None) is None
+
     def _wait_here(self, context: Any, target: RelayTarget, client: RelayClient, request_id: str) -> Any:
-        """Wait in this process. While Redis is away, go on waiting: the request does so too."""
+        """Wait in this process until the request has ended, and take its outcome."""
+        with self._told():
+            if not self._wait_for_end(client, request_id, self._left_s()):
+                self.on_kill()
+                raise AirflowSensorTimeout(f"request {request_id} has not ended in time")
+            return self._end(context, target, client, request_id)
+
+    def _wait_for_end(self, client: RelayClient, request_id: str, at_most_s: float = float("inf")) -> bool:
+        """Tell whether the request has ended within a time. While Redis is away, wait on: the request does.
+
+        Raises RequestUnknown.
+        """
+        until = time.monotonic() + at_most_s
+        known: Standing | None = None
         away = False
-        while True:
+        while (left_s := until - time.monotonic()) > 0:
             try:
-                client.handle(request_id).get(timeout=WAIT_STEP_S)
-            except ResultNotReady:
-                away = False
-                continue
+                with told_as_unavailable():
+                    changed = look(client.redis, request_id, known)
+                if changed is not None:
+                    known = changed
+                    if known.ended:
+                        return True
+                    if known.state:
+                        self.log.info("request %s: %s", request_id, words_of(known))
+                client.handle(request_id).get(timeout=min(WAIT_STEP_S, left_s))
             except BrokerUnavailable as exc:
                 if not away:
                     self.log.warning("%s; waiting on", exc)
                 away = True
+                time.sleep(1)
                 continue
+            except RequestUnknown:
+                raise
             except DagrelayError:
-                pass  # its end, which is told below
-            with _told_to_airflow():
-                return self._end(context, target, client, request_id)
+                pass  # not yet, or its end: which the next look tells
+            away = False
+        return False
 
     def _end(self, context: Any, target: RelayTarget, client: RelayClient, request_id: str) -> Any:
         """Return the outcome of a request that has ended, or raise how."""
-        try:
-            return self.outcome(context, client, request_id)
-        except ResultExpired:
-            # It ended well long ago; whoever asks now is to begin anew.
-            with told_as_unavailable():
-                serving.forget(client.redis, name_of(context, target.airflow_name), request_id)
-            raise
+        until = time.monotonic() + OUTCOME_WITHIN_S
+        while True:
+            try:
+                return self.outcome(context, client, request_id)
+            except BrokerUnavailable as exc:
+                if time.monotonic() > until:
+                    raise
+                self.log.warning("%s; asked again for the outcome", exc)
+                time.sleep(2)
+            except ResultExpired:
+                # It ended well long ago; whoever asks now is to begin anew.
+                with told_as_unavailable():
+                    serving.forget(client.redis, name_of(context, target.airflow_name), request_id)
+                raise
 
 
 def name_of(context: Any, airflow_name: str) -> str:
@@ -223,6 +310,15 @@ def name_of(context: Any, airflow_name: str) -> str:
     ti = context["ti"]
     parts = [airflow_name, ti.dag_id, ti.run_id, ti.task_id, ti.map_index]
     return str(uuid.uuid5(_TASKS, json.dumps(parts)))
+
+
+def generation_of(context: Any) -> str:
+    """Return what changes when all is to be done anew, and not when a try follows another.
+
+    A clear raises `max_tries`. A run that is deleted and made again under its id begins at another instant.
+    """
+    began = getattr(context.get("dag_run"), "start_date", None)
+    return f"{context['ti'].max_tries} {began.timestamp() if began else ''}"
 
 
 def asked_by(context: Any) -> str:
@@ -243,14 +339,27 @@ def has_template(value: Any) -> bool:
     return hasattr(value, "iter_references") or callable(value)  # an XComArg; what Airflow calls to render
 
 
+NO_RETRY: Final = (InvalidRequest, ConfigurationError, RequestCancelled, SubmitUnknown)
+"""After these Airflow does not try again: it could change nothing, somebody wanted the end, or the work may
+go on unseen and would be started twice."""
+
+
 class _told_to_airflow:
-    """Turn our errors into Airflow's: into a failure for good where a retry could change nothing."""
+    """Turn our errors into Airflow's: into a failure for good where a retry is not wanted (`NO_RETRY`)."""
+
+    def __init__(self, operator: RelayOperator | None = None) -> None:
+        self._operator = operator
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: object, exc: BaseException | None, traceback: object) -> None:
-        if isinstance(exc, InvalidRequest | ConfigurationError):
-            raise AirflowFailException(f"{type(exc).__name__}: {exc}") from None
-        if isinstance(exc, DagrelayError):
-            raise AirflowException(f"{type(exc).__name__}: {exc}") from None
+        if not isinstance(exc, DagrelayError):
+            return
+        told = AirflowFailException if isinstance(exc, NO_RETRY) else AirflowException
+        if isinstance(exc, BrokerUnavailable) and self._operator is not None and self._operator._target:
+            where = urlsplit(self._operator._target.settings.redis_url)
+            at = f"{where.hostname}:{where.port or 6379}" if where.hostname else where.path
+            conn = self._operator.relay_conn_id
+            raise told(f"{type(exc).__name__}: {at} (relay_conn_id {conn!r}): {exc}") from None
+        raise told(f"{type(exc).__name__}: {exc}") from None

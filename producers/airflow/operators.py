@@ -1,5 +1,6 @@
 """The operators of Dagrelay, in one place to import them from."""
 
 from .dag_runs import RelayFanOutOperator, RelayTriggerDagRunOperator
+from .external_job import ExternalJobOperator
 
-__all__ = ["RelayFanOutOperator", "RelayTriggerDagRunOperator"]
+__all__ = ["ExternalJobOperator", "RelayFanOutOperator", "RelayTriggerDagRunOperator"]

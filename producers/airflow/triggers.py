@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from airflow.triggers.base import BaseTrigger, TaskSuccessEvent, TriggerEvent
+from asgiref.sync import sync_to_async  # type: ignore[import-not-found]  # Airflow brings it
 
+from ..errors import BrokerUnavailable
 from ..stores.standing import Standing
 from .compat import AIRFLOW_3
-from .hook import DEFAULT_CONN_ID, DagrelayHook, client_for
-from .waiter import waiter_for
-
-if TYPE_CHECKING:
-    from airflow.models.taskinstance import TaskInstance
+from .hook import DEFAULT_CONN_ID, DagrelayHook, RelayTarget, client_for
+from .waiter import Waiter, waiter_for
 
 UNKNOWN_FOR_S: Final = 30.0
 """How long a request without a record is waited for: Redis may be about to be restored."""
+
+CANCEL_WITHIN_S: Final = 25.0
+"""How long Redis may be away when a request is to be cancelled. Airflow 3.3 grants 30 s."""
 
 
 class RelayTrigger(BaseTrigger):  # type: ignore[misc]
@@ -63,30 +66,18 @@ class RelayTrigger(BaseTrigger):  # type: ignore[misc]
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Wait for the end of the request."""
+        waiter = None
         try:
             target = await DagrelayHook(self.relay_conn_id).atarget()
             waiter = waiter_for(target.settings)
-            changes = waiter.changes(self.request_id)
-            state, told, known = "", "", False
-            while not state:
-                try:
-                    standing = await asyncio.wait_for(anext(changes), None if known else UNKNOWN_FOR_S)
-                except TimeoutError:
-                    state = "unknown"
-                    break
-                known = bool(standing.state)
-                if standing.ended:
-                    state = standing.state
-                elif known and (words := words_of(standing)) != told:
-                    told = words
-                    self.log.info("request %s: %s", self.request_id, words)
-            await changes.aclose()
+            state = await self._end(waiter)
             xcoms = None
             if state == "done" and self.end_from_trigger:
                 outcome = await waiter.outcome(self.request_id)
                 xcoms = self.xcoms(outcome) if outcome is not None else None
         except asyncio.CancelledError:
-            if not AIRFLOW_3 and self.cancel_on_kill and not await asyncio.to_thread(self._still_deferred):
+            # Airflow 3.3 calls on_kill itself. Where the loop ends, it is the triggerer that stops.
+            if not hasattr(BaseTrigger, "on_kill") and not (waiter is not None and waiter.stops):
                 await self.on_kill()
             raise
         if xcoms is not None:
@@ -94,32 +85,76 @@ class RelayTrigger(BaseTrigger):  # type: ignore[misc]
         else:
             yield TriggerEvent({"request_id": self.request_id, "state": state})
 
+    async def _end(self, waiter: Waiter) -> str:
+        """Return how the request has ended, once it has; the task's log tells meanwhile how it stands."""
+        changes = waiter.changes(self.request_id)
+        told, patience_s = "", None
+        while True:
+            try:
+                standing = await asyncio.wait_for(anext(changes), patience_s)
+            except TimeoutError:
+                return "unknown"
+            if standing.ended:
+                await changes.aclose()
+                return standing.state
+            patience_s = None if standing.state else UNKNOWN_FOR_S
+            words = words_of(standing) if standing.state else "not on record yet"
+            if words != told:
+                told = words
+                self.log.info("request %s: %s", self.request_id, words)
+
     async def on_kill(self) -> None:
-        """Cancel the request: somebody acted on the task. Airflow 3.3 calls it, see `run` for Airflow 2."""
-        if not self.cancel_on_kill:
+        """Cancel the request, unless the task waits on: then another triggerer has taken this trigger over.
+
+        Airflow 3.3 calls it when somebody acts on the task; with any other, `run` does.
+        """
+        if not self.cancel_on_kill or await self._still_deferred():
             return
         target = await DagrelayHook(self.relay_conn_id).atarget()
-        state = await asyncio.to_thread(lambda: client_for(target).handle(self.request_id).cancel())
+        state = await asyncio.to_thread(self._cancel, target)
         self.log.info("request %s is asked to be cancelled, it was %s", self.request_id, state)
 
-    def _still_deferred(self) -> bool:
-        """Tell whether the task instance still waits: then it is the triggerer that stops."""
-        from airflow.models.taskinstance import TaskInstance
-        from airflow.utils.session import create_session
-        from airflow.utils.state import TaskInstanceState
+    def _cancel(self, target: RelayTarget) -> str:
+        until = time.monotonic() + CANCEL_WITHIN_S
+        while True:
+            try:
+                return client_for(target).handle(self.request_id).cancel()
+            except BrokerUnavailable:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(1)
 
-        ours: TaskInstance = self.task_instance
-        with create_session() as session:
-            found = session.get(
-                TaskInstance,
-                {
-                    "dag_id": ours.dag_id,
-                    "task_id": ours.task_id,
-                    "run_id": ours.run_id,
-                    "map_index": ours.map_index,
-                },
-            )
-            return found is not None and found.state == TaskInstanceState.DEFERRED
+    async def _still_deferred(self) -> bool:
+        """Tell whether the task instance still waits, as far as Airflow says."""
+        ours = self.task_instance
+        if ours is None:
+            return False
+        try:
+            ask = sync_to_async(_states_3 if AIRFLOW_3 else _states_2)
+            states = await ask(ours.dag_id, ours.run_id, ours.task_id, ours.map_index)
+        except Exception as exc:  # noqa: BLE001 - Airflow's own; and it has said that somebody acted
+            self.log.warning("cannot ask for the state of the task (%s: %s)", type(exc).__name__, exc)
+            return False
+        return "deferred" in states
+
+
+def _states_3(dag_id: str, run_id: str, task_id: str, map_index: int) -> list[str]:
+    from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
+
+    found = RuntimeTaskInstance.get_task_states(
+        dag_id=dag_id, run_ids=[run_id], task_ids=[task_id], map_index=map_index
+    )
+    return [str(state) for states in found.values() for state in states.values()]
+
+
+def _states_2(dag_id: str, run_id: str, task_id: str, map_index: int) -> list[str]:
+    from airflow.models.taskinstance import TaskInstance
+    from airflow.utils.session import create_session
+
+    with create_session() as session:
+        key = {"dag_id": dag_id, "task_id": task_id, "run_id": run_id, "map_index": map_index}
+        found = session.get(TaskInstance, key)
+        return [str(found.state)] if found is not None else []
 
 
 def words_of(standing: Standing) -> str:

@@ -56,6 +56,11 @@ class Waiter:
         self._looking: asyncio.Task[None] | None = None
         self._new = asyncio.Event()
 
+    @property
+    def stops(self) -> bool:
+        """Whether its event loop is ending: then it is not one who waits that is cancelled, but all."""
+        return self._looking is not None and (self._looking.cancelling() > 0 or self._looking.cancelled())
+
     async def changes(self, request_id: str) -> AsyncGenerator[Standing, None]:
         """Yield how a request stands: now, and whenever that changes; never ends by itself.
 
@@ -95,13 +100,17 @@ class Waiter:
         return found.get("result") if found.get("status") == "SUCCESS" else None
 
     async def _look_on(self) -> None:
+        """Look as long as the event loop lives: those who wait come and go."""
         away = False
         try:
-            while self._known:
+            while True:
                 self._new.clear()
+                if not self._known:
+                    await self._new.wait()
+                    continue
                 try:
                     await self._look()
-                except (RedisError, OSError) as exc:
+                except Exception as exc:  # noqa: BLE001 - whatever it is: nobody else looks for all who wait
                     if not away:
                         log.warning(
                             "Dagrelay's Redis does not answer (%s: %s); asked again", type(exc).__name__, exc
@@ -117,7 +126,6 @@ class Waiter:
                     await asyncio.wait_for(self._new.wait(), pause_s)
                     await asyncio.sleep(0.01)  # and those that come with it
         finally:
-            self._looking = None
             await self._redis.aclose()
 
     async def _look(self) -> None:

@@ -13,7 +13,7 @@ key                            what
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal, cast
+from typing import Final, Literal
 
 from redis import Redis
 
@@ -102,7 +102,7 @@ def take(client: Redis, task: str, new_id: str, generation: str) -> Served:
 
 def serves(client: Redis, task: str) -> str | None:
     """Return the id of the request that serves a task instance, or None. Raises what redis-py raises."""
-    found = cast("bytes | str | None", client.hget(serving_key(task), "request"))
+    found = client.hget(serving_key(task), "request")
     return found.decode() if isinstance(found, bytes) else found
 
 

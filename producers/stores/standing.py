@@ -5,9 +5,12 @@ a connection or a subscription for each.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from .records import ENDED, Script
+
+if TYPE_CHECKING:
+    from redis import Redis
 
 AT_ONCE: Final = 1000
 """So many requests a call of `LOOK` at the most: Redis does nothing else meanwhile, for about 1 ms."""
@@ -64,3 +67,8 @@ def changes_in(answer: Sequence[Any]) -> dict[str, Standing]:
     return {
         task_id: Standing(*text.split("\0")) for task_id, text in zip(texts[::2], texts[1::2], strict=True)
     }
+
+
+def look(client: Redis, task_id: str, known: Standing | None = None) -> Standing | None:
+    """Return how one request stands, or None where that is as it is known. Raises what redis-py raises."""
+    return changes_in(LOOK.run(client, (), look_args({task_id: known}))).get(task_id)
