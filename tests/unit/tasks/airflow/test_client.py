@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from producers.contract import TriggerRequest
+from producers.contract import TaskInstance, TriggerRequest
 from producers.errors import (
     AirflowUnavailable,
     CredentialsRefused,
@@ -538,3 +538,40 @@ def test_an_airflow_before_2_10_is_asked_for_the_repr():
         "stringify=false",
         "/api/v1/dags/d/dagRuns/r/taskInstances/t/xcomEntries/return_value",
     ]
+
+
+WAITS = TaskInstance(dag_id="recorded_params", dag_run_id="counted-0", task_id="nothing")
+
+
+def test_airflow_3_is_told_the_state_and_the_note_of_a_task_in_one_step():
+    server = Scripted("v2")
+    path = "/api/v2/dags/recorded_params/dagRuns/counted-0/taskInstances/nothing/-1"
+    server.on(f"GET {path}", answer("v2", "task_instance"))
+    server.on(f"PATCH {path}", answer("v2", "task_set"), answer("v2", "task_set_again"))
+    client = client_of(server)
+
+    assert client.get_task_instance(WAITS).try_number == 0
+    client.set_task_state(WAITS, "failed", "why")
+    client.set_task_state(WAITS, "failed", "why")  # 409: it is so already
+
+    assert server.times(f"PATCH {path}") == 2
+
+
+def test_airflow_2_is_told_the_note_of_a_task_before_its_state():
+    server = Scripted("v1")
+    path = "/api/v1/dags/recorded_params/dagRuns/counted-0/taskInstances/nothing"
+    server.on(f"PATCH {path}/setNote", answer("v1", "task_note_set"))
+    server.on(f"PATCH {path}", answer("v1", "task_set"))
+
+    client_of(server).set_task_state(WAITS, "failed", "why")
+
+    assert server.asked[-2:] == [f"PATCH {path}/setNote", f"PATCH {path}"]
+    assert json.loads(server.requests[-1].body) == {"new_state": "failed", "dry_run": False}
+
+
+@both
+def test_whether_a_task_is_mapped_is_asked_of_its_dag(api):
+    server = Scripted(api)
+    server.on(f"GET /api/{api}/dags/recorded_results/tasks/many", answer(api, "dag_task_mapped"))
+
+    assert client_of(server).is_mapped("recorded_results", "many")
