@@ -32,11 +32,14 @@ from .contract import (
     PollRequest,
     TriggerRequest,
     conf_problem,
+    is_sealed,
+    reference_in,
 )
 from .desk import Desk
-from .errors import BrokerUnavailable, ConfigurationError, DagrelayError, InvalidRequest
+from .errors import BrokerUnavailable, ConfGone, ConfigurationError, DagrelayError, InvalidRequest
 from .handle import Handle
-from .settings import ProducerSettings, read_settings
+from .settings import ProducerSettings, read_conf, read_settings
+from .stores.claim_check import ClaimChecks, ConfKeys, ConfRules
 from .stores.envelope import PRIORITY_SEPARATOR, PRIORITY_STEPS, item_of
 from .stores.heard import heard
 from .stores.records import Accepted, Record, Records
@@ -66,6 +69,7 @@ class RelayClient:
         self.listening = listen(self.settings)
         """For `Handle.get()`: each waiting thread holds a connection, for which no call must have to wait."""
         self.records = Records(self.redis)
+        self.confs = ConfRules(ConfKeys(self.settings.conf_key), self.settings.conf_limit_bytes)
         self.waits = Waits(self.redis)
         """What waits there. Its methods raise what redis-py raises, those of this class BrokerUnavailable."""
         self.dead = Desk(self)
@@ -82,7 +86,8 @@ class RelayClient:
 
         The options are those of `trigger_dag.apply_async`. Raises BrokerUnavailable within about 1 s when
         Redis does not answer. Whether the message arrived is then unknown: send again with the same
-        `key`, and there is still one run.
+        `key`, and there is still one run. Raises ConfGone where the conf is a reference to one that is no
+        longer kept: nothing was sent.
         """
         item = self.item(request, **options)
         with told_as_unavailable():
@@ -94,20 +99,34 @@ class RelayClient:
         """Hand many requests to the workers in one pipeline; return a handle for each, in order.
 
         Raises BrokerUnavailable when the connection breaks: some may then have arrived. Send all of them
-        again with the same keys, and there is still one run for each.
+        again with the same keys, and there is still one run for each. Raises ConfGone where the conf of one
+        is a reference to what is no longer kept: all the others have been accepted.
         """
         handles: list[Handle[Any]] = []
+        references: list[str] = []
 
         def items() -> Iterator[Accepted]:
             for request in requests:
                 item = self.item(request)
                 handles.append(Handle(item.task_id, item.dag_run_id or None, self))
+                references.append(item.reference)
                 yield item
 
-        batch = self.records.batch(items())
         with told_as_unavailable():
-            batch.execute()
+            answers = self.records.batch(items()).execute()[1:]
+        gone = b"".join(answers).find(b"2")
+        if gone >= 0:
+            raise ConfGone(references[gone])
         return handles
+
+    def resolve_conf(self, conf: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return the real conf of a run: what its conf refers to, else the conf itself; {} for None.
+
+        Raises ConfGone when it is no longer kept, ConfKeyMissing where this client has not the key, and
+        BrokerUnavailable.
+        """
+        with told_as_unavailable():
+            return ClaimChecks(self.redis, self.confs.keys).real(None if conf is None else dict(conf))
 
     def handle(self, task_id: str) -> Handle[Any]:
         """Return a handle for a request that was accepted earlier, here or elsewhere."""
@@ -172,6 +191,7 @@ class RelayClient:
             ignore_result=ignore_result,
             trace=tracing.of_call(traceparent, tracestate),
             more=more,
+            confs=self.confs,
         )
 
 
@@ -308,6 +328,30 @@ def client() -> RelayClient:
         return _client
 
 
+def conf_keys() -> ConfKeys:
+    """Return the keys for confs of this process's client, or of the environment where there is none yet.
+
+    Raises ConfigurationError where they are wrong.
+    """
+    if _client is not None:
+        return _client.confs.keys
+    mistakes: list[str] = []
+    key, _ = read_conf(os.environ, mistakes)
+    if mistakes:
+        raise ConfigurationError(*mistakes)
+    return ConfKeys(key)
+
+
+def resolve_conf(conf: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the real conf of a run, as `dag_run.conf` or Airflow's API shows it: see `relay_conf` for DAGs.
+
+    A conf that is no reference is returned as it is, and needs no Redis. Raises as the client's method does.
+    """
+    if reference_in(conf) is None and not is_sealed(conf):
+        return {} if conf is None else dict(conf)
+    return client().resolve_conf(conf)
+
+
 __all__ = [
     "PRIORITY_SEPARATOR",
     "PRIORITY_STEPS",
@@ -316,4 +360,5 @@ __all__ = [
     "client",
     "configure",
     "new_task_id",
+    "resolve_conf",
 ]

@@ -19,6 +19,7 @@ the keyword arguments of a Celery task, plain JSON: the fields of a request as i
 from __future__ import annotations
 
 import json
+import math
 import re
 import uuid
 from collections.abc import Iterator, Mapping
@@ -56,6 +57,13 @@ QUEUE_LOOKS: Final = "looks"
 MAX_CONF_BYTES: Final = 1_000_000
 """The largest conf as JSON. Airflow 2 answers 500 or 413 to a body over its default of 1 MB."""
 
+MAX_REFERENCED_BYTES: Final = 64_000_000
+"""The largest conf that goes by reference, as JSON: it lies in Redis, and in memory where it is read."""
+
+REFERENCE: Final = "dagrelay_conf"
+SEALED: Final = "dagrelay_sealed"
+"""The keys of what stands for a conf: see `stores.claim_check`."""
+
 MAX_CONF_DEPTH: Final = 64
 """How deep a conf may be nested: far above any real one, far below what a JSON parser's stack bears."""
 
@@ -88,6 +96,8 @@ MAX_ACTIVE_RUNS: Final = "max_active_runs"
 
 
 _RUN_ID = re.compile(r"[A-Za-z0-9_.~:+-]+\Z")
+_REFERENCE = re.compile(r"(?:sha256|hmac-sha256:[0-9a-f]{8}):[0-9a-f]{64}\Z")
+_TOKEN = re.compile(r"[A-Za-z0-9_=-]+\Z")
 # Airflow's own prefixes: the API answers 400 to a run id that begins with one of them.
 _RESERVED_RUN_IDS = ("scheduled__", "backfill__", "asset_triggered__", "dataset_triggered__")
 _DAG_ID = re.compile(r"[\w.-]+\Z")
@@ -167,6 +177,32 @@ def conf_problem(value: Any, where: str = "conf", depth: int = 0) -> str:
     Refused beyond plain JSON: integers outside 64 bits (Airflow 3's executor cannot pack them: the run
     fails without a log), NUL characters and lone surrogates (refused by its database).
     """
+    return "" if _is_plain(value, depth) else _conf_problem(value, where, depth)
+
+
+def _is_plain(value: Any, depth: int) -> bool:
+    """Tell whether `_conf_problem` has nothing to say: it names places, and takes four times as long."""
+    kind = type(value)
+    if kind is str:
+        return not _text_problem(value)
+    if value is None or kind is bool:
+        return True
+    if kind is int:
+        return bool(-_INT64 <= value < _INT64)
+    if kind is float:
+        return math.isfinite(value)
+    if depth >= MAX_CONF_DEPTH:
+        return False
+    depth += 1
+    if kind is dict:
+        for name, item in value.items():
+            if type(name) is not str or _text_problem(name) or not _is_plain(item, depth):
+                return False
+        return True
+    return kind is list and all(_is_plain(item, depth) for item in value)
+
+
+def _conf_problem(value: Any, where: str, depth: int) -> str:
     if value is None or value is True or value is False:
         return ""
     kind = type(value)
@@ -190,23 +226,23 @@ def conf_problem(value: Any, where: str = "conf", depth: int = 0) -> str:
             problem = _text_problem(key)
             if problem:
                 return f"a key of {where} {problem}"
-            problem = conf_problem(item, f"{where}.{_shown_key(key)}", depth + 1)
+            problem = _conf_problem(item, f"{where}.{_shown_key(key)}", depth + 1)
             if problem:
                 return problem
         return ""
     if isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            problem = conf_problem(item, f"{where}[{index}]", depth + 1)
+            problem = _conf_problem(item, f"{where}[{index}]", depth + 1)
             if problem:
                 return problem
         return ""
     # Subclasses, enums among them: JSON sees the plain value, whatever their own str() says.
     if isinstance(value, str):
-        return conf_problem(str.__str__(value), where, depth)
+        return _conf_problem(str.__str__(value), where, depth)
     if isinstance(value, int):
-        return conf_problem(int.__int__(value), where, depth)
+        return _conf_problem(int.__int__(value), where, depth)
     if isinstance(value, float):
-        return conf_problem(float.__float__(value), where, depth)
+        return _conf_problem(float.__float__(value), where, depth)
     hint = {"bytes": "decode it, or send base64", "datetime": "send .isoformat()", "Decimal": "send str()"}
     how = hint.get(kind.__name__, "send strings, numbers, booleans, null, lists and objects")
     return f"{where} is of type {kind.__name__}, which is not JSON: {how}"
@@ -215,6 +251,34 @@ def conf_problem(value: Any, where: str = "conf", depth: int = 0) -> str:
 def _shown_key(key: str) -> str:
     """Return a key as a refusal may name it: one line, not long, whatever its sender wrote."""
     return key if key.isidentifier() and len(key) <= 80 else repr(key[:80])
+
+
+def reference_in(conf: Any) -> str | None:
+    """Return the reference that a conf is, of the form that ours have; None for any other conf."""
+    if not isinstance(conf, dict) or len(conf) != 2:
+        return None
+    reference, size = conf.get(REFERENCE), conf.get("bytes")
+    if not isinstance(reference, str) or not _REFERENCE.match(reference):
+        return None
+    return reference if type(size) is int and 0 < size <= MAX_REFERENCED_BYTES else None
+
+
+def is_sealed(conf: Any) -> bool:
+    """Tell whether a conf is a sealed one."""
+    if not isinstance(conf, dict) or len(conf) != 1:
+        return False
+    token = conf.get(SEALED)
+    return isinstance(token, str) and _TOKEN.match(token) is not None
+
+
+def canonical_json(conf: Mapping[str, Any]) -> bytes:
+    """Return a conf as JSON that is the same for equal confs, whatever the order of their keys."""
+    return _as_canonical_json(conf).encode()
+
+
+def conf_bytes(conf: Mapping[str, Any]) -> int:
+    """Return the size of a conf as JSON."""
+    return conf.size_bytes if isinstance(conf, _CheckedConf) else len(_as_json(conf).encode())
 
 
 class _CheckedConf(dict[str, Any]):
@@ -229,23 +293,39 @@ def _conf(value: Any) -> Any:
         return None
     if not isinstance(value, dict):
         raise ValueError(f"is of type {type(value).__name__}: a conf is an object (a dict)")  # noqa: TRY004 - pydantic takes ValueError
-    problem = conf_problem(value)
+    problem = _reserved_problem(value) or conf_problem(value)
     if problem:
         raise ValueError(problem)
-    size = len(_as_json(value).encode())
-    if size > MAX_CONF_BYTES:
-        raise ValueError(
-            f"is {size} bytes as JSON, over the limit of {MAX_CONF_BYTES}: "
-            "store the data elsewhere and send a reference to it"
-        )
     checked = _CheckedConf(value)
-    checked.size_bytes = size
+    checked.size_bytes = len(_as_json(value).encode())
+    if checked.size_bytes > MAX_REFERENCED_BYTES:
+        raise ValueError(_too_large(checked.size_bytes, MAX_REFERENCED_BYTES))
     return checked
 
+
+def _reserved_problem(conf: dict[str, Any]) -> str:
+    if REFERENCE in conf and reference_in(conf) is None:
+        return (
+            f"has the key {REFERENCE!r}, which is kept for references: the real conf of a run is what "
+            "relay_conf(context) returns, to be changed and handed on; or hand on the reference as it is"
+        )
+    if SEALED in conf and not is_sealed(conf):
+        return f"has the key {SEALED!r}, which is kept for sealed confs"
+    return ""
+
+
+def _too_large(size: int, limit: int, how: str = "") -> str:
+    return f"is {size} bytes as JSON, over the limit of {limit}{how}: {_STORE_IT}"
+
+
+_STORE_IT: Final = "store the data elsewhere and send a reference to it"
 
 # One encoder for all calls: json.dumps with options makes a new one for each. A circle is found by its depth.
 _as_json = json.JSONEncoder(
     ensure_ascii=False, check_circular=False, separators=(",", ":"), default=str
+).encode
+_as_canonical_json = json.JSONEncoder(
+    ensure_ascii=False, check_circular=False, separators=(",", ":"), default=str, sort_keys=True
 ).encode
 
 
@@ -375,7 +455,12 @@ class TriggerRequest(_Request):
     dag_id
         The DAG to run.
     conf
-        The run's configuration: a JSON object of at most 1 MB.
+        The run's configuration: a JSON object. A large one goes by reference, which the DAG resolves by
+        `relay_conf(context)`: see `conf_by`.
+    conf_by
+        How the conf reaches the run: by ``value`` (at most 1 MB as JSON), by ``reference`` (up to 64 MB: it
+        lies in Redis, and the run's conf in Airflow is a few bytes that name it), or ``auto`` (the default):
+        by reference above `DAGRELAY_CONF_LIMIT_BYTES`, 32 KB. A reference goes on as it is.
     key
         What makes two requests the same: the same key of the same DAG is the same run, whoever sends it
         and however often. Without it every call is a request of its own.
@@ -437,6 +522,7 @@ class TriggerRequest(_Request):
         WithJsonSchema({"type": ["object", "null"]}),
         Field(repr=False),
     ] = None
+    conf_by: Literal["auto", "value", "reference"] = "auto"
     key: Annotated[Text, Field(min_length=1, max_length=MAX_KEY_LENGTH)] | None = None
     dag_run_id: Annotated[str, Field(min_length=1), AfterValidator(_run_id)] | None = None
     logical_date: Instant | None = None
@@ -465,7 +551,10 @@ class TriggerRequest(_Request):
     on_end: Hooks = Field(default_factory=list)
 
     @model_validator(mode="after")
-    def _of_waiting(self) -> Self:
+    def _as_a_whole(self) -> Self:
+        if self.conf_by == "value" and self.conf is not None and conf_bytes(self.conf) > MAX_CONF_BYTES:
+            how = " by value; leave conf_by out, and it goes by reference"
+            raise ValueError(f"conf: {_too_large(conf_bytes(self.conf), MAX_CONF_BYTES, how)}")
         if not self.wait:
             for name in ("wait_timeout_s", "result_from", "stop_run"):
                 if getattr(self, name) != self.defaults[name]:
@@ -485,8 +574,13 @@ class TriggerRequest(_Request):
 
     @classmethod
     def from_message(cls, message: Mapping[str, Any]) -> Self:
-        """Return the request in a message. Raises `InvalidRequest`, as the constructor does."""
-        return cls(**cls.fields_of(message))
+        """Return the request in a message, in which no conf is over 1 MB.
+
+        Raises `InvalidRequest`, as the constructor does.
+        """
+        request = cls(**cls.fields_of(message))
+        _check_inline("conf", request.conf)
+        return request
 
     def run_id_for(self, task_id: str) -> str:
         """Return the run id of this request: the one given, else from its key, else from the task id.
@@ -527,6 +621,12 @@ class TriggerRequest(_Request):
         if self.note:
             parts.append(f"note=<{len(self.note)} characters>")
         return ", ".join(parts)
+
+
+def _check_inline(name: str, conf: Any) -> None:
+    if isinstance(conf, dict) and not is_sealed(conf) and conf_bytes(conf) > MAX_CONF_BYTES:
+        how = " within a message"
+        raise InvalidRequest(f"{name}: {_too_large(conf_bytes(conf), MAX_CONF_BYTES, how)}")
 
 
 def _json_value(value: Any) -> Any:
@@ -912,8 +1012,13 @@ class PollRequest(_Request):
 
     @classmethod
     def from_message(cls, message: Mapping[str, Any]) -> Self:
-        """Return the request in a message. Raises `InvalidRequest`, as the constructor does."""
-        return cls(**cls.fields_of(message))
+        """Return the request in a message, in which no conf is over 1 MB.
+
+        Raises `InvalidRequest`, as the constructor does.
+        """
+        request = cls(**cls.fields_of(message))
+        _check_inline("then: conf", (request.then or {}).get("conf"))
+        return request
 
     def reference_for(self, task_id: str) -> str:
         """Return our own name for the job, which is also its idempotency key: the same on every attempt."""
@@ -981,10 +1086,13 @@ def interval_after(waited_s: float, rhythm: Rhythm) -> float:
 
 def conf_summary(conf: Mapping[str, Any]) -> str:
     """Return what may be shown of a conf: the names of up to eight keys and the size as JSON."""
+    if is_sealed(conf):
+        return "sealed"
+    if (reference := reference_in(conf)) is not None:
+        return f"{reference[:-52]}…, a reference; {conf['bytes']} bytes"
     names = [str(name)[:40] for name in list(conf)[:8]]
     more = f", +{len(conf) - 8} more" if len(conf) > 8 else ""
-    size = conf.size_bytes if isinstance(conf, _CheckedConf) else len(_as_json(conf).encode())
-    return f"{', '.join(names)}{more}; {size} bytes" if names else "empty"
+    return f"{', '.join(names)}{more}; {conf_bytes(conf)} bytes" if names else "empty"
 
 
 def shown_poll(message: Mapping[str, Any]) -> str:

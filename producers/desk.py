@@ -27,6 +27,7 @@ from .contract import (
 )
 from .errors import (
     AlreadyReplayed,
+    ConfGone,
     DeadLetterUnknown,
     DeskError,
     InvalidRequest,
@@ -178,6 +179,9 @@ class Desk:
                     said = answers[letter_id] if item else self.store.put_back(letter_id, by)
                     if said.verdict == "sent":
                         sent.append(Sent(letter_id, said.task_id))
+                    elif said.verdict == "no conf":
+                        why = str(ConfGone(item.reference if item else ""))
+                        sent.append(Sent(letter_id, error=NotReplayable(letter_id, why)))
                     elif said.verdict == "replayed":
                         sent.append(Sent(letter_id, error=AlreadyReplayed(letter_id, said.task_id)))
                     else:

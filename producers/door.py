@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from .client import RelayClient, told_as_unavailable
-from .errors import BrokerUnavailable
+from .errors import BrokerUnavailable, ConfGone
 from .queues.message import Order
 from .scopes import EVERYTHING, Scope
 from .stores.notices import tell_field
@@ -56,17 +56,18 @@ class Door:
             more["tell"] = tell_field(self.name, envelope.reply_to, envelope.correlation_id)
         return self.client.item(order.request, by=by, more=more, **order.options())
 
-    def accept(self, items: Sequence[Accepted]) -> list[Taken]:
+    def accept(self, items: Sequence[Accepted]) -> list[Taken | ConfGone]:
         """Have all of them in Redis, in as few round trips as may be; say of each whether it is new.
 
-        An id that is on record stays as it is. Of the same id twice the first counts.
+        An id that is on record stays as it is. Of the same id twice the first counts. In the place of one
+        whose conf is a reference to what is no longer kept is the error: it was not accepted.
         """
         if not items:
             return []
         with told_as_unavailable():
             new = self.client.records.accept_many(items)
         return [
-            Taken(item.task_id, item.dag_run_id or None, is_new)
+            is_new if isinstance(is_new, ConfGone) else Taken(item.task_id, item.dag_run_id or None, is_new)
             for item, is_new in zip(items, new, strict=True)
         ]
 
@@ -84,7 +85,7 @@ class Batches:
         self._sending: asyncio.Task[None] | None = None
 
     async def accept(self, item: Accepted) -> Taken:
-        """Return when it is in Redis. Raises BrokerUnavailable."""
+        """Return when it is in Redis. Raises BrokerUnavailable, ConfGone."""
         future: asyncio.Future[Taken] = asyncio.get_running_loop().create_future()
         self._gathered.append((item, future))
         if self._sending is None:
@@ -106,7 +107,11 @@ class Batches:
                             future.set_exception(_again(exc))
                     continue
                 for (_, future), one in zip(waiting, taken, strict=True):
-                    if not future.done():
+                    if future.done():
+                        continue
+                    if isinstance(one, ConfGone):
+                        future.set_exception(one)
+                    else:
                         future.set_result(one)
         finally:
             self._sending = None

@@ -11,7 +11,10 @@ the very class that the worker raised.
     ├── InvalidRequest            the request is wrong by its form: mend the call
     │   ├── ConnectionNotConfigured   it names an Airflow that the worker does not know
     │   ├── ServiceNotConfigured      it names a service that the worker does not know, or another host
-    │   └── NotAllowed                its sender may not ask for it: see `scopes`
+    │   ├── NotAllowed                its sender may not ask for it: see `scopes`
+    │   └── ConfGone                  its conf is a reference, and what that names is no longer kept
+    ├── ConfUnreadable            a conf that is stored or sealed cannot be read: it is damaged
+    │   └── ConfKeyMissing            it was sealed by a key that is not here: set DAGRELAY_CONF_KEY
     ├── BrokerUnavailable         Redis did not take it, or did not say: send again with the same key
     ├── ResultError
     │   ├── ResultNotReady        not ended within the timeout of `.get()`: ask again
@@ -87,6 +90,51 @@ class InvalidRequest(DagrelayError, ValueError):
 
 class NotAllowed(InvalidRequest):
     """The sender may not ask for this. Told to senders that are known; says nothing of what there is."""
+
+
+class ConfGone(InvalidRequest):
+    """A conf is a reference, and the conf itself is not kept any more.
+
+    What is stored lives on for `DAGRELAY_CONF_TTL_S` (a setting of the workers, 30 days by default) after the
+    last request with it has ended: a DAG that runs, or is cleared, later than that does not find it.
+    """
+
+    def __init__(self, reference: str) -> None:
+        super().__init__(reference)
+        self.reference = reference
+
+    def __str__(self) -> str:
+        return (
+            f"conf: {self.reference} is no longer kept: a stored conf expires DAGRELAY_CONF_TTL_S after the "
+            "last request with it has ended; send the conf itself again, and raise that where workers have it"
+        )
+
+
+class ConfUnreadable(DagrelayError):
+    """A conf that is stored, or sealed in a message, cannot be read. `what` says which, and nothing of it."""
+
+    def __init__(self, what: str, problem: str) -> None:
+        super().__init__(what, problem)
+        self.what, self.problem = what, problem
+
+    def __str__(self) -> str:
+        return f"{self.what} cannot be read: {self.problem}"
+
+
+class ConfKeyMissing(ConfUnreadable):
+    """A conf was sealed by a key that this process does not have.
+
+    `wanted` is the public name of that key, where it is known, `here` are those of the keys of this process.
+    """
+
+    def __init__(self, what: str, wanted: str, here: str) -> None:
+        problem = f"it was sealed by {f'key {wanted}' if wanted else 'a key'} that is not here"
+        super().__init__(what, f"{problem} ({f'here: {here}' if here else 'none is set'})")
+        self.args = (what, wanted, here)
+        self.wanted, self.here = wanted, here
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}: set DAGRELAY_CONF_KEY to the keys that the sender has"
 
 
 class ConnectionNotConfigured(InvalidRequest):

@@ -95,8 +95,8 @@ def fan_out(
         then be the same requests.
 
     Everything is checked before anything is sent: raises TypeError or InvalidRequest, naming the request by
-    its index. Raises BrokerUnavailable when Redis does not take it, or does not say: send it again with the
-    same keys, and there is still one run for each.
+    its index, and ConfGone for a reference to what is no longer kept. Raises BrokerUnavailable when Redis
+    does not take it, or does not say: send it again with the same keys, and there is still one run for each.
     """
     if on_error not in ("continue", "stop"):
         raise InvalidRequest("on_error: give 'continue' or 'stop'")
@@ -112,7 +112,8 @@ def fan_out(
             task_id = task_id_for("fan-out", fan_out_id, str(number)) if fan_out_id is not None else None
             accepted = relay.item(request, by=by, task_id=task_id)
             handles.append(Handle(accepted.task_id, accepted.dag_run_id, relay))
-            yield Item(accepted.task_id, accepted.message, "\0".join(accepted[4:10]) + accepted.more)
+            about = "\0".join(accepted[4:10]) + accepted.more
+            yield Item(accepted.task_id, accepted.message, about, accepted.conf)
 
     made_id, by = fan_out_id or new_task_id(), by or relay.settings.client_name
     dag_ids = {request.dag_id for request in checked}

@@ -732,6 +732,8 @@ class _Connection(asyncio.Protocol):
             if isinstance(one, BrokerUnavailable):
                 self._door.redis_is(True, one.reason)
                 answers[place] = f"RETRY {RETRY_S} {NOT_TAKEN}"
+            elif isinstance(one, InvalidRequest):  # its conf refers to what is gone
+                answers[place] = f"ERR {_shown(str(one))}"
             elif isinstance(one, BaseException):
                 log.error("should not have happened peer=%s", self.peer, exc_info=one)
                 answers[place] = f"RETRY {RETRY_FULL_S} {NOT_TAKEN}"

@@ -157,6 +157,7 @@ def _trigger_dag(
     dag_id: str,
     conf: dict[str, Any] | None = None,
     *,
+    conf_by: Literal["auto", "value", "reference"] = "auto",
     key: str | None = None,
     dag_run_id: str | None = None,
     logical_date: datetime | str | None = None,
@@ -181,6 +182,8 @@ def _trigger_dag(
     given: dict[str, Any] = {"dag_id": dag_id}
     if conf is not None:
         given["conf"] = conf
+    if conf_by != "auto":
+        given["conf_by"] = conf_by
     if key is not None:
         given["key"] = key
     if dag_run_id is not None:

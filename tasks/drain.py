@@ -292,6 +292,7 @@ class _Work:
             [(job.task_id, job.run) for job in made],
             result_ttl_s=settings().result_ttl_s,
             date_done=app.now().isoformat(),
+            conf_keep_s=settings().conf_keep_s,
         )
         metrics.count_started(self._connection.id, count, [job.asked_at for job in made])
         logs.outcomes(told_of(made, self._connection.id))

@@ -56,6 +56,7 @@ from producers.stores.records import Record, record_key
 from . import job_answers, metrics, tracing
 from .again import backoff_s, leave_newer, on_record, redis_now, retry
 from .app import RelayRequest, RelayTask, app, backend, records, store_client, waits
+from .confs import check_readable, claim_checks
 from .http import HttpRequest, HttpResponse, NoAnswer
 from .job_answers import End, call_of, job_id_in, look_of, no_answer, read_look
 from .results import NotHandedOver
@@ -121,6 +122,7 @@ def poll_external_job(self: Any, *before: Any, **message: Any) -> dict[str, Any]
         return outcome_on_record(self.request.id, known)
     message = with_body(before, message)
     request = PollRequest.from_message(message)
+    check_readable(self, (request.then or {}).get("conf"))
     job = take_up(self, request, message)
     try:
         if not job.started and not told_its_end(job):
@@ -631,15 +633,17 @@ def trigger_then(job: Job, outcome: JobOutcome) -> str:
     """Accept the trigger of the DAG run that follows, once however often this is done; return its id."""
     then = dict(job.request.then or {})
     about = {name: value for name, value in outcome.to_message().items() if name != "then"}
+    conf = claim_checks().real(then.get("conf"))
     try:
-        request = TriggerRequest(**{**then, "conf": {**(then.get("conf") or {}), "job": about}})
+        request = TriggerRequest(**{**then, "conf": {**conf, "job": about}})
     except InvalidRequest as exc:
         raise ExternalJobUnreadable(job.service.id, job.job_id, "then", short(f"the run's {exc}")) from None
     then_id = str(uuid.uuid5(_THEN_NAMESPACE, job.task_id))
     asked = Asked.from_message(job.message.get("asked"), otherwise_at=0.0)
     by = one_line(asked.by)
     asked = Asked(at=redis_now(), by=by)
-    records().accept(item_of(request, task_id=then_id, asked=asked, trace=tracing.current()))
+    item = item_of(request, task_id=then_id, asked=asked, trace=tracing.current(), confs=settings().confs)
+    records().accept(item)
     return then_id
 
 

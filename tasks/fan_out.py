@@ -425,7 +425,12 @@ def _hand_on(
         _cancel_too([one.task_id for one in left], store.stopped(fan_out_id))  # meanwhile
     if made:
         runs = [(job.task_id, job.run) for job in made]
-        ended = store.end_items(runs, result_ttl_s=settings().result_ttl_s, date_done=app.now().isoformat())
+        ended = store.end_items(
+            runs,
+            result_ttl_s=settings().result_ttl_s,
+            date_done=app.now().isoformat(),
+            conf_keep_s=settings().conf_keep_s,
+        )
         metrics.count_started(connection, ended, [job.asked_at for job in made])
         logs.outcomes(told_of(made, connection))
 

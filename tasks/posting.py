@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from producers.contract import Asked, DagRun, TriggerRequest
-from producers.errors import AirflowUnavailable, CredentialsRefused
+from producers.contract import Asked, DagRun, TriggerRequest, reference_in
+from producers.errors import AirflowUnavailable, CredentialsRefused, InvalidRequest
 from producers.stores.envelope import trace_of
 
 from . import metrics
@@ -22,6 +22,7 @@ from .airflow.client import ApiModule
 from .airflow.clients import airflow_client
 from .airflow.connections import AirflowConnection
 from .app import said
+from .confs import opened
 from .http import HttpRequest, HttpResponse, NoAnswer
 from .http_many import ManySender
 from .trigger import note_for
@@ -107,13 +108,16 @@ def authorised(connection: AirflowConnection) -> tuple[ApiModule, Mapping[str, s
 
 def job_of(api: ApiModule, headers: Mapping[str, str], one: Wanted) -> Job:
     """Return a request, ready to be posted. Raises DagrelayError for one that cannot be."""
-    run_id = one.request.run_id_for(one.task_id)
+    request = opened(one.request)
+    if request.conf_by == "reference" and reference_in(request.conf) is None:
+        raise InvalidRequest("conf: is still to be stored")  # which trigger_dag does
+    run_id = request.run_id_for(one.task_id)
     asked = Asked.from_message(one.asked, otherwise_at=time.time())
     trace = trace_of(one.envelope["headers"])
-    made = api.create_run(one.request, run_id, note_for(one.request, one.task_id, asked, trace))
+    made = api.create_run(request, run_id, note_for(request, one.task_id, asked, trace))
     sent = {**made.headers, **headers, **(trace.headers() if trace is not None else {})}
     made = HttpRequest(made.method, made.path, sent, made.body, made.timeout_s)
-    return Job(one.task_id, one.envelope, one.request, run_id, made, asked.at)
+    return Job(one.task_id, one.envelope, request, run_id, made, asked.at)
 
 
 def read_answer(

@@ -163,6 +163,7 @@ class RecordedBackend(RedisBackend):
             correct=correct,
             letter=buried,
             keeping=keeping() if buried is not None else Keeping(),
+            conf_keep_s=settings().conf_keep_s,
         )
         if isinstance(ended, Ended):
             logs.outcome(task_id, state, ended, meta["result"], correct=correct)

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from producers.errors import ConfigurationError
 from producers.stores.callbacks import SECRET, Secrets, read_secrets
+from producers.stores.claim_check import ConfRules, read_conf_rules
 
 from .airflow.connections import AirflowConnection, read_connections
 from .hooks import Hook, read_hooks
@@ -71,6 +72,15 @@ class WorkerSettings:
     dead_max: int = 100_000
     """How many dead letters are kept: the oldest go first. Each holds its request, conf and all, mostly below
     2 KB; none may be over a megabyte or two."""
+    confs: ConfRules = ConfRules()  # noqa: RUF009 - frozen
+    """The keys for confs, and from which size on they go by reference."""
+    conf_ttl_s: int = 30 * 86_400
+    """How long a stored conf is kept after the last request with it has ended."""
+
+    @property
+    def conf_keep_s(self) -> int:
+        """As long as that, and never shorter than a dead letter."""
+        return max(self.conf_ttl_s, self.dead_keep_s)
 
 
 def _redis_url(environ: Mapping[str, str], mistakes: list[str]) -> str:
@@ -223,6 +233,8 @@ def read_settings(environ: Mapping[str, str]) -> WorkerSettings:
         task_state_for_s=_number(environ, "DAGRELAY_TASK_STATE_FOR_S", 86_400, 0, 30 * 86_400, mistakes),
         dead_keep_s=int(_number(environ, "DAGRELAY_DEAD_KEEP_S", 14 * 86_400, 60, 366 * 86_400, mistakes)),
         dead_max=int(_number(environ, "DAGRELAY_DEAD_MAX", 100_000, 1, 10_000_000, mistakes)),
+        confs=read_conf_rules(environ, mistakes),
+        conf_ttl_s=int(_number(environ, "DAGRELAY_CONF_TTL_S", 30 * 86_400, 60, 366 * 86_400, mistakes)),
     )
     if mistakes:
         raise ConfigurationError(*mistakes)

@@ -59,6 +59,7 @@ from .airflow.client import DagRunExists, DagView, RunView, as_dag_run
 from .airflow.connections import AirflowConnection
 from .airflow.run_looks import ENDED, next_look_in_s
 from .app import RelayRequest, RelayTask, app, backend, records, waits
+from .confs import taken_up, to_compare
 from .gates import hand_over
 from .results import NotHandedOver
 from .settings import settings
@@ -150,12 +151,13 @@ def trigger_dag(self: Any, *before: Any, **message: Any) -> dict[str, Any]:
     connection = settings().connections.get(request.connection)
     if connection is None:
         raise ConnectionNotConfigured(request.connection)
+    made = _made_so_far(message)
+    request = taken_up(self, request, made=made is not None or (found is not None and found.run is not None))
     turn = Turn(self, connection, give_up_after_s=request.give_up_after_s, priority=request.priority)
     try:
         with turn as airflow:
             if request.wait and found is not None and found.run is not None:
                 return _come_back(self, request, found, turn, airflow)
-            made = _made_so_far(message)
             if made is not None:
                 return _when_ended(self, request, made, turn, airflow)
             run = hand_over(
@@ -523,20 +525,23 @@ def names(note: str | None, task_id: str) -> bool:
 
 def difference_of(request: TriggerRequest, existing: RunView) -> str:
     """Return how an existing run differs from what is asked for, without any value, or ""."""
-    if _canonical(request.conf) != _canonical(existing.conf):
-        asked, there = set(request.conf or {}), set(existing.conf or {})
-        if asked != there:
-            return f"another conf (its keys differ in: {', '.join(sorted(asked ^ there))[:200]})"
-        differing = [
-            name
-            for name in sorted(asked)
-            if _canonical((request.conf or {})[name]) != _canonical((existing.conf or {})[name])
-        ]
-        return f"another conf (its values differ under: {', '.join(differing)[:200]})"
+    compared = to_compare(request.conf, existing.conf)
+    if difference := compared if isinstance(compared, str) else _conf_difference(*compared):
+        return difference
     if request.logical_date is not None and request.logical_date != existing.logical_date:
         there_at = existing.logical_date.isoformat() if existing.logical_date else "none"
         return f"another logical date ({there_at})"
     return ""
+
+
+def _conf_difference(asked: Any, there: Any) -> str:
+    if _canonical(asked) == _canonical(there):
+        return ""
+    asked, there = asked or {}, there or {}
+    if set(asked) != set(there):
+        return f"another conf (its keys differ in: {', '.join(sorted(set(asked) ^ set(there)))[:200]})"
+    differing = [name for name in sorted(asked) if _canonical(asked[name]) != _canonical(there[name])]
+    return f"another conf (its values differ under: {', '.join(differing)[:200]})"
 
 
 def _canonical(value: Any) -> Any:

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from ..door import Taken
-from ..errors import InvalidRequest, NotAllowed
+from ..errors import ConfGone, InvalidRequest, NotAllowed
 from ..keys import Key
 from ..queues.message import CLOUD_EVENT_JSON, Incoming, Order, json_value, read
 from . import schemas
@@ -84,5 +84,10 @@ async def _take_batch(gateway: Gateway, key: Key, body: bytes, trace: dict[str, 
     if wrong:
         detail = f"event {wrong[0]['index']}: {wrong[0]['detail']}"
         raise Problem(status, f"{detail}; nothing was taken, `errors` has the wrong events", errors=wrong)
-    taken: list[Taken] = await in_thread(gateway.door.accept, items)
+    answers: list[Taken | ConfGone] = await in_thread(gateway.door.accept, items)
+    taken = []
+    for one in answers:
+        if isinstance(one, ConfGone):
+            raise one  # the others are in; sent again they are the same, where the events have ids
+        taken.append(one)
     return taken

@@ -25,8 +25,8 @@ from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from ..client import RelayClient, told_as_unavailable
-from ..door import Door
-from ..errors import BrokerUnavailable, InvalidRequest, NotAllowed
+from ..door import Door, Taken
+from ..errors import BrokerUnavailable, ConfGone, InvalidRequest, NotAllowed
 from ..scopes import Scope
 from ..stores.heard import answer_key, heard
 from ..stores.records import Accepted, Script
@@ -219,7 +219,11 @@ class Listener:
             except Exception as exc:  # noqa: BLE001 - no message ends the listener
                 log.error("unreadable source=%s by=%s", self._source.name, where(exc))
                 bad.append((one, InvalidRequest(f"body: could not be read ({type(exc).__name__})")))
-        taken = self._door.accept([item for _, _, item in good])
+        answers = self._door.accept([item for _, _, item in good])
+        said = list(zip(good, answers, strict=True))
+        bad += [(one, why) for (one, _, _), why in said if isinstance(why, ConfGone)]
+        good = [one for one, why in said if isinstance(why, Taken)]
+        taken = [one for one in answers if isinstance(one, Taken)]
         # What nothing names would be another request if it came again: it is not to wait for an answer's way.
         self._done([one for one, order, _ in good if order.task_id is None])
         for (_, order, _), got in zip(good, taken, strict=True):

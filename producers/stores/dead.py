@@ -31,6 +31,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from .. import errors
+from .claim_check import upload
 from .letters import DEAD, DROPPED, LETTERS, REPLAYED, Keeping, dead_key
 from .records import ACCEPT, KEEP_S, Accepted, Script, buried_with, record_key
 
@@ -160,7 +161,8 @@ def _is_ours(error: str | None) -> bool:
 
 
 class Replayed(NamedTuple):
-    """What became of a replay: sent, replayed (before), or gone (there is no such letter)."""
+    """What became of a replay: sent, replayed (before), gone (there is no such letter), or no conf (what its
+    conf refers to is gone)."""
 
     verdict: str
     task_id: str
@@ -189,7 +191,7 @@ local known = redis.call('HMGET', letter, 'at', 'replayed_as')
 if not known[1] then return {'gone', ''} end
 -- The successor's own id: this call is repeated, because its answer was lost.
 if known[2] then return {known[2] == new and 'sent' or 'replayed', known[2]} end
-accept()
+if accept() == '2' then return {'no conf', ''} end
 local at = redis.call('TIME')
 at = string.format('%.6f', at[1] + at[2] / 1e6)
 redis.call('HSET', letter, 'replayed_as', new, 'replayed_at', at, 'replayed_by', by)
@@ -383,6 +385,7 @@ class Dead:
             with self._client.pipeline(transaction=False) as pipe:
                 pipe.execute_command("SCRIPT", "LOAD", REPLAY.lua)
                 for letter_id, item in some:
+                    upload(self._client, item.conf)
                     keys = (record_key(item.task_id), item.queue, dead_key(letter_id))
                     REPLAY.queue(pipe, keys, (*item.args(), letter_id, item.task_id, by))
                 answers += pipe.execute()[1:]

@@ -26,6 +26,7 @@ from ..contract import (
     TriggerRequest,
 )
 from ..errors import InvalidRequest
+from .claim_check import ConfRules, Packed
 from .notices import at_end_field
 from .records import Accepted
 
@@ -88,12 +89,15 @@ def item_of(
     ignore_result: bool = False,
     trace: Trace | None = None,
     more: Mapping[str, str] | None = None,
+    confs: ConfRules = ConfRules(),  # noqa: B008 - frozen
 ) -> Accepted:
     """Return a request as it goes to Redis, for `Records.accept`. Raises InvalidRequest for the priority.
 
     `delay_s` counts from `asked.at`; `expires_at` is in seconds since 1970. `chain`: what follows it in a
-    Celery chain, the last first. `more` are further fields of the record, without NUL.
+    Celery chain, the last first. `more` are further fields of the record, without NUL. `confs` says which
+    confs go by reference, and seals the others where there is a key.
     """
+    request, packed = with_packed(request, confs)
     message = request.to_message()
     message["asked"] = asked.to_message()
     if isinstance(request, TriggerRequest):
@@ -113,6 +117,8 @@ def item_of(
         sent_on.append(task_state_message(request.task_instance, task_id, asked.by))
     if sent_on:
         fields += f"\0at_end\0{at_end_field(sent_on)}"
+    if packed.reference:
+        fields += f"\0conf_ref\0{packed.reference}"
     for name, value in (more or {}).items():
         fields += f"\0{name}\0{value}"
     return Accepted(
@@ -137,7 +143,24 @@ def item_of(
         delay_s,
         *about,
         fields,
+        packed,
     )
+
+
+def with_packed(
+    request: TriggerRequest | PollRequest, confs: ConfRules
+) -> tuple[TriggerRequest | PollRequest, Packed]:
+    """Return a request with its conf (or that of the trigger which follows it) as it goes into a message."""
+    if isinstance(request, TriggerRequest):
+        packed = confs.packed(request.conf, request.conf_by)
+        if packed.conf is not request.conf:
+            request = request.model_copy(update={"conf": packed.conf})
+        return request, packed
+    then = request.then
+    if then is None or then.get("conf") is None:
+        return request, Packed(None)
+    packed = confs.packed(then["conf"], then.get("conf_by", "auto"))
+    return request.model_copy(update={"then": {**then, "conf": packed.conf}}), packed
 
 
 def end_messages(hooks: Sequence[str], task_id: str, by: str) -> list[tuple[str, bytes]]:

@@ -14,6 +14,7 @@ key                                     what
                                         they would have had by themselves; ``ids:<chunk>`` → the place of the
                                         first, and their ids. Until the chunk has ended
 ``dagrelay:fan-out:<id>:outcomes``      hash: place → outcome as JSON, as they come. Until the end
+``dagrelay:fan-out:<id>:confs``         set: the stored confs of its requests, which it holds. Until the end
 ``dagrelay:record:<id>``                the record of the fan-out itself; `fan_out` is its own id
 ``dagrelay:record:<request's id>``      `fan_out`, `part` (chunk and place) and `outside` of a request
 ======================================= ==================================================================
@@ -39,8 +40,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from ..contract import VERSION
+from ..errors import ConfGone
+from .claim_check import HOLDING, Packed, upload
 from .envelope import _envelope
-from .records import ENDED, KEEP_S, PART_ENDED, RESULT_PREFIX, Script, record_key
+from .records import CONF_KEEP_S, ENDED, KEEP_S, PART_ENDED, RESULT_PREFIX, Script, record_key
 from .waits import CANCELLED, DUE, PARKED, Waits, seen_key
 
 if TYPE_CHECKING:
@@ -116,9 +119,22 @@ def message_of(task: str, task_id: str, queue: str, fan_out_id: str, by: str) ->
 # Write some requests. KEYS: the requests, the record of the fan-out. ARGV: fan-out id, chunk, the messages as
 # a JSON list, seconds until it expires, the place of the first, then per request its id and six fields of its
 # record with NUL between them, and names and values of further ones. Sent twice (a call repeats what got no
-# answer) it changes nothing.
-ADD_CHUNK: Final = Script("""
+# answer) it changes nothing. Returns the reference of a stored conf that is not there, where there is one.
+ADD_CHUNK: Final = Script(
+    HOLDING
+    + """
 if redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
+local confs = 'dagrelay:fan-out:' .. ARGV[1] .. ':confs'
+for i = 7, #ARGV, 2 do
+  local conf = conf_of(ARGV[i])
+  if conf then
+    local left = redis.call('TTL', 'dagrelay:conf:' .. conf)
+    if left == -2 then return conf end
+    if left >= 0 and left < tonumber(ARGV[4]) then redis.call('EXPIRE', 'dagrelay:conf:' .. conf, ARGV[4]) end
+    redis.call('SADD', confs, conf)
+    redis.call('EXPIRE', confs, ARGV[4])
+  end
+end
 local time = redis.call('TIME')
 local now_text = string.format('%.6f', time[1] + time[2] / 1e6)
 local ids = {ARGV[5]}
@@ -138,13 +154,15 @@ end
 redis.call('HSET', KEYS[1], ARGV[2], ARGV[3], 'ids:' .. ARGV[2], table.concat(ids, ' '))
 redis.call('EXPIRE', KEYS[1], ARGV[4])
 return 1
-""")
+"""
+)
 
 # Accept a fan-out whose requests are there. KEYS: record, fan-out, requests, parked, due, the launcher's
 # queue. ARGV: id, total, chunks, on_error, then, dag id, by, the launcher's message, the watch's id, queue
 # list, message, and seconds until its first look. An id that is on record is not accepted a second time.
 ACCEPT_FAN_OUT: Final = Script(
-    """
+    HOLDING
+    + """
 if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
 if redis.call('HLEN', KEYS[3]) ~= 2 * ARGV[3] then
   return redis.error_reply('a part of the fan-out was not written')
@@ -160,6 +178,8 @@ redis.call('HSET', KEYS[1], 'state', 'accepted', 'accepted_at', now_text, 'due_a
     + FAN_OUT_END
     + """', 'dag_id', ARGV[6], 'by', ARGV[7], 'fan_out', ARGV[1], 'progress', '0 of ' .. ARGV[2])
 redis.call('PERSIST', KEYS[3])
+for _, conf in ipairs(redis.call('SMEMBERS', KEYS[2] .. ':confs')) do hold(conf, ARGV[1]) end
+redis.call('PERSIST', KEYS[2] .. ':confs')
 redis.call('HSET', KEYS[4], ARGV[9],
   '0\\0' .. string.format('%.3f', now) .. '\\0' .. ARGV[10] .. '\\0' .. ARGV[11])
 redis.call('ZADD', KEYS[5], string.format('%.6f', now + ARGV[12]), ARGV[9])
@@ -209,20 +229,21 @@ return {about[1] or '', about[2] or '', table.concat(letters)}
 """)
 
 # What became a run. KEYS: none. ARGV: seconds to keep the result, seconds to keep the record, the instant as
-# Celery writes it, then per request its id and its run as JSON. What has ended already stays as it is.
+# Celery writes it, seconds to keep a stored conf that nobody else holds, then per request its id and its run
+# as JSON. What has ended already stays as it is.
 END_ITEMS: Final = Script(
     PART_ENDED
     + """
 local time = redis.call('TIME')
 local now_text = string.format('%.6f', time[1] + time[2] / 1e6)
 local ended = 0
-for i = 4, #ARGV, 2 do
+for i = 5, #ARGV, 2 do
   local id, run = ARGV[i], ARGV[i + 1]
   local record, result = 'dagrelay:record:' .. id, '"""
     + RESULT_PREFIX
     + """' .. id
   local known = redis.call('HMGET', record,
-    'state', 'fan_out', 'part', 'outside', 'dag_id', 'dag_run_id', 'cancel_by')
+    'state', 'fan_out', 'part', 'outside', 'dag_id', 'dag_run_id', 'cancel_by', 'conf_ref')
   local state = known[1]
   if state ~= 'done' and state ~= 'failed' and state ~= 'cancelled' then
     local meta = '{"status": "SUCCESS", "result": ' .. run
@@ -232,6 +253,7 @@ for i = 4, #ARGV, 2 do
     redis.call('HINCRBY', record, 'attempts', 1)
     redis.call('EXPIRE', record, ARGV[2])
     if known[7] then redis.call('ZREM', 'dagrelay:cancelled', id) end
+    if known[8] then release(known[8], id, ARGV[4]) end
     if known[2] and known[3] then
       local outcome = '{"id":"' .. id .. '","dag_id":"' .. (known[5] or '') .. '","dag_run_id":"'
         .. (known[6] or '') .. '","state":"done","run":' .. run .. ',"error":null,"reason":null}'
@@ -247,22 +269,27 @@ return ended
 )
 
 # Give requests messages of their own. KEYS: the fan-out, the queue list. ARGV: chunk, then per request its id
-# and its message. One that has such a message, or has ended, is left alone.
-LEAVE: Final = Script("""
+# and its message. One that has such a message, or has ended, is left alone. Its conf is its own to hold then:
+# it may end after its fan-out, where that is broken.
+LEAVE: Final = Script(
+    HOLDING
+    + """
 local count = 0
 for i = 2, #ARGV, 2 do
   local record = 'dagrelay:record:' .. ARGV[i]
-  local known = redis.call('HMGET', record, 'state', 'outside')
+  local known = redis.call('HMGET', record, 'state', 'outside', 'conf_ref')
   local state = known[1]
   if not known[2] and state ~= 'done' and state ~= 'failed' and state ~= 'cancelled' then
     redis.call('LPUSH', KEYS[2], ARGV[i + 1])
     redis.call('HSET', record, 'outside', '1')
+    if known[3] then hold(known[3], ARGV[i]) end
     count = count + 1
   end
 end
 if count > 0 then redis.call('HINCRBY', KEYS[1], 'outside:' .. ARGV[1], count) end
 return count
-""")
+"""
+)
 
 # Have nothing more started. KEYS: the fan-out, its record. ARGV: why. Returns 0, and does nothing, if it has
 # ended.
@@ -301,6 +328,8 @@ class Item(NamedTuple):
     message: bytes
     about: str
     """Fields of the record with NUL between them, as `records.Accepted.args` has them."""
+    conf: Packed | None = None
+    """What is to be uploaded before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,7 +378,8 @@ class FanOuts:
     ) -> int:
         """Accept all of them, or none; return how many there are.
 
-        `launcher` and `watch` are queue and message. Unless this returns, it may have been accepted or not.
+        `launcher` and `watch` are queue and message. Unless this returns, it may have been accepted or not;
+        with ConfGone it was not.
         """
         key, record = fan_out_key(fan_out_id), record_key(fan_out_id)
         requests = f"{key}:requests"
@@ -359,7 +389,7 @@ class FanOuts:
         with ThreadPoolExecutor(1) as sending:
             pipe, size = client.pipeline(transaction=False), 0
             sent: Future[Any] | None = None
-            for chunk in in_chunks(items):
+            for chunk in in_chunks(self._uploaded(items)):
                 if len(pipe) == 0:
                     pipe.execute_command("SCRIPT", "LOAD", ADD_CHUNK.lua)
                 payload = b"[" + b",".join(item.message for item in chunk) + b"]"
@@ -370,12 +400,12 @@ class FanOuts:
                 size += len(payload)
                 if size >= AT_ONCE_BYTES:
                     if sent is not None:
-                        sent.result()
+                        _check_confs(sent.result())
                     sent = sending.submit(pipe.execute)
                     pipe, size = client.pipeline(transaction=False), 0
             if sent is not None:
-                sent.result()
-            pipe.execute()
+                _check_confs(sent.result())
+            _check_confs(pipe.execute())
         ACCEPT_FAN_OUT.run(
             client,
             (record, key, requests, PARKED, DUE, launcher[0]),
@@ -385,6 +415,15 @@ class FanOuts:
             ),
         )
         return total
+
+    def _uploaded(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield the requests, each when its conf is in Redis."""
+        known: set[str] = set()
+        for item in items:
+            if item.conf is not None and item.conf.reference not in known:
+                upload(self._client, item.conf)
+                known.add(item.conf.reference)
+            yield item._replace(conf=None)
 
     def get(self, fan_out_id: str) -> FanOutState | None:
         """Return where a fan-out stands, or None when nothing is known of it."""
@@ -458,12 +497,19 @@ class FanOuts:
             return {}
         return dict(zip(_text(known).split(" ")[1:], json.loads(payload), strict=True))
 
-    def end_items(self, runs: Sequence[tuple[str, str]], *, result_ttl_s: int, date_done: str) -> int:
+    def end_items(
+        self,
+        runs: Sequence[tuple[str, str]],
+        *,
+        result_ttl_s: int,
+        date_done: str,
+        conf_keep_s: int = CONF_KEEP_S,
+    ) -> int:
         """Write what became of requests: ids and runs as JSON; return how many had not ended before."""
         if not runs:
             return 0
         flat = [text for pair in runs for text in pair]
-        return int(END_ITEMS.run(self._client, (), (result_ttl_s, KEEP_S, date_done, *flat)))
+        return int(END_ITEMS.run(self._client, (), (result_ttl_s, KEEP_S, date_done, conf_keep_s, *flat)))
 
     def leave(self, fan_out_id: str, index: int, queue: str, messages: Sequence[tuple[str, bytes]]) -> int:
         """Push requests of a chunk to a queue, each once, to be ended by themselves; return how many."""
@@ -526,6 +572,13 @@ class FanOuts:
             for task_id, (state, outside) in zip(task_ids, known, strict=True)
             if state is None or _text(state) not in ENDED
         }
+
+
+def _check_confs(answers: Iterable[Any]) -> None:
+    """Raise ConfGone where a chunk was not written, because a conf is not there."""
+    for answer in answers:  # of SCRIPT LOAD, and of ADD_CHUNK
+        if isinstance(answer, bytes) and b":" in answer:
+            raise ConfGone(answer.decode())
 
 
 def in_chunks(items: Iterable[Item]) -> Iterator[list[Item]]:

@@ -37,6 +37,7 @@ part            caller       its chunk and its place in it; outside (worker): it
 replay_of       caller       the request of which it is a replay: see `dead`
 tell, at_end    caller       who hears of it, and what its end sends on: see `notices`
 fingerprint     caller       what was asked with an id of the sender's own, as a hash
+conf_ref        both         the stored conf that it holds: see `claim_check`
 =============== ============ ====================================================================
 
 A record is written in the same script as the message it accounts for (`ACCEPT`) and as the Celery
@@ -45,16 +46,16 @@ result it explains (`STORE`): at every moment there is a record for a message, a
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, cast
 
-from redis.exceptions import NoScriptError
-
+from ..errors import ConfGone
+from .claim_check import HOLDING, RELEASE, Packed, upload
 from .letters import LETTERS, Keeping
 from .notices import NOTICES
+from .script import Script as Script
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -62,6 +63,9 @@ if TYPE_CHECKING:
 
 KEEP_S: Final = 14 * 86_400
 """How long a record is kept after the end."""
+
+CONF_KEEP_S: Final = 30 * 86_400
+"""How long a stored conf is kept after the last request with it has ended; the workers' settings may say."""
 
 MOST_ATTEMPTS_TOLD: Final = 30
 MAX_TOLD: Final = 200
@@ -74,46 +78,36 @@ State = Literal["accepted", "waiting", "done", "failed", "cancelled"]
 ENDED: Final = ("done", "failed", "cancelled")
 
 
-class Script:
-    """A Lua script, sent by its hash, and whole only where Redis does not have it yet."""
-
-    def __init__(self, lua: str) -> None:
-        self.lua = lua
-        self.sha = hashlib.sha1(lua.encode(), usedforsecurity=False).hexdigest()
-
-    def run(self, client: Redis, keys: Sequence[str], args: Sequence[Any]) -> Any:
-        """Run it in one round trip. Raises what redis-py raises."""
-        try:
-            return client.execute_command("EVALSHA", self.sha, len(keys), *keys, *args)
-        except NoScriptError:
-            return client.execute_command("EVAL", self.lua, len(keys), *keys, *args)
-
-    def queue(self, pipe: Pipeline, keys: Sequence[str], args: Sequence[Any]) -> None:
-        """Put it into a pipeline; the script must have been loaded before (`SCRIPT LOAD`)."""
-        pipe.execute_command("EVALSHA", self.sha, len(keys), *keys, *args)
-
-
 # KEYS: per item its record and its queue. ARGV: per item the message, the delay in seconds, and six fields
 # of the record, with NUL between them (one argument costs a client less than six), then names and values of
 # further ones. A request without a DAG has none of its fields. An id that is on record
 # already is not queued again, so that a call whose answer was lost may be repeated (by us, within the call;
 # by the caller, with its own task_id). The push goes first: where it fails (a key of another type), no record
-# says that something was accepted. Returns a text with 1 for each that is new, and 0 for each other.
-ACCEPT: Final = Script("""
+# says that something was accepted. Returns a text with 1 for each that is new, 0 for each other, and 2 for
+# each whose stored conf is not there: that one is not accepted.
+ACCEPT: Final = Script(
+    HOLDING
+    + """
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1e6
 local now_text = string.format('%.6f', now)
-local new, messages, told, taken = {}, {}, {}, {}
+local new, messages, told, taken, confs = {}, {}, {}, {}, {}
 for i = 1, #KEYS, 2 do
   local is_new = not taken[KEYS[i]] and redis.call('EXISTS', KEYS[i]) == 0
-  told[#told + 1] = is_new and '1' or '0'
-  if is_new then
-    taken[KEYS[i]] = true
-    local queue = KEYS[i + 1]
-    local list = messages[queue] or {}
-    messages[queue] = list
-    list[#list + 1] = ARGV[(3 * i - 1) / 2]
-    new[#new + 1] = i
+  local conf = is_new and conf_of(ARGV[(3 * i + 3) / 2])
+  if conf and redis.call('EXISTS', 'dagrelay:conf:' .. conf) == 0 then
+    told[#told + 1] = '2'
+  else
+    told[#told + 1] = is_new and '1' or '0'
+    if is_new then
+      taken[KEYS[i]] = true
+      confs[i] = conf
+      local queue = KEYS[i + 1]
+      local list = messages[queue] or {}
+      messages[queue] = list
+      list[#list + 1] = ARGV[(3 * i - 1) / 2]
+      new[#new + 1] = i
+    end
   end
 end
 for queue, list in pairs(messages) do redis.call('LPUSH', queue, unpack(list)) end
@@ -129,9 +123,11 @@ for _, i in ipairs(new) do
       'connection', about[5])
   end
   if #about > 6 then redis.call('HSET', KEYS[i], unpack(about, 7)) end
+  if confs[i] then hold(confs[i], string.sub(KEYS[i], 17)) end
 end
 return table.concat(told)
-""")
+"""
+)
 
 # KEYS: the record. ARGV: unsure (0/1), missing (0/1), held_s to add, reason, the reason as one short line.
 # Returns attempts, seconds since it was due without those held, seconds missing, unsure. Of attempts in a row
@@ -190,6 +186,7 @@ return {attempts, string.format('%.3f', age), string.format('%.3f', missing),
 # one, whose field goes as it is counted off, so that this is done once.
 PART_ENDED: Final = (
     NOTICES
+    + RELEASE
     + """
 local function part_ended(fan_out, part, state, outcome, outside, corrected)
   local key = 'dagrelay:fan-out:' .. fan_out
@@ -246,11 +243,12 @@ end
 )
 
 # KEYS: the result and the record. ARGV: the result as Celery keeps it, its seconds to live, the state of
-# the record, seconds in which the next attempt is due, seconds to keep the record, correct (0/1), then
-# pairs of fields. An end stands: whatever comes later (a copy of the message, a redelivery) only renews
-# a result that is gone. `correct` replaces an end that was OutcomeUnknown, and no other. The retry of an
-# older copy changes nothing. With the end goes all that is kept for a task that waits: see `waits`.
-# Returns 0 if it changed nothing, 1 for what goes on, and for an end the fields of `Ended`, NUL between them.
+# the record, seconds in which the next attempt is due, seconds to keep the record, correct (0/1), seconds to
+# keep a stored conf that nobody else holds, then pairs of fields. An end stands: whatever comes later (a copy
+# of the message, a redelivery) only renews a result that is gone. `correct` replaces an end that was
+# OutcomeUnknown, and no other. The retry of an older copy changes nothing. With the end goes all that is kept
+# for a task that waits: see `waits`. Returns 0 if it changed nothing, 1 for what goes on, and for an end the
+# fields of `Ended`, NUL between them.
 _STORE: Final = """
 local result, record = KEYS[1], KEYS[2]
 local time = redis.call('TIME')
@@ -281,8 +279,9 @@ else
   redis.call('HDEL', record, 'next_at')
   redis.call('EXPIRE', record, ARGV[5])
   local waited = redis.call('HMGET', record, 'waits_for', 'look', 'cancel_by', 'fan_out', 'part', 'outside',
-    'wake_keys', 'line')
+    'wake_keys', 'line', 'conf_ref')
   local id = string.sub(record, 17)
+  if waited[9] then release(waited[9], id, ARGV[7]) end
   if waited[8] then redis.call('ZREM', waited[8], id) end
   redis.call('DEL', 'dagrelay:seen:' .. id)
   redis.call('ZREM', 'dagrelay:cancelled', id)
@@ -301,7 +300,8 @@ else
       ARGV[6] == '1' and state)
   elseif waited[4] then
     local key = 'dagrelay:fan-out:' .. id
-    redis.call('DEL', key .. ':requests', key .. ':outcomes')
+    for _, conf in ipairs(redis.call('SMEMBERS', key .. ':confs')) do release(conf, id, ARGV[7]) end
+    redis.call('DEL', key .. ':requests', key .. ':outcomes', key .. ':confs')
     redis.call('HSET', key, 'over', '1')
     redis.call('EXPIRE', key, ARGV[5])
   end
@@ -324,22 +324,22 @@ told[10] = dropped
 return table.concat(told, '\\0')
 """
 
-STORE: Final = Script(PART_ENDED + "local first, dropped = 7, 0" + _STORE + _TELL)
+STORE: Final = Script(PART_ENDED + "local first, dropped = 8, 0" + _STORE + _TELL)
 
-# The same where the desk for failures is concerned. ARGV: after `correct`, how many texts the dead letter has
-# that is written with the end (0 for none), and those: see `letters.bury`. What somebody asked to cancel gets
-# none. A correction takes the letter off the desk.
+# The same where the desk for failures is concerned. ARGV: before the pairs, how many texts the dead letter
+# has that is written with the end (0 for none), and those: see `letters.bury`. What somebody asked to cancel
+# gets none. A correction takes the letter off the desk.
 STORE_DEAD: Final = Script(
     PART_ENDED
     + LETTERS
-    + "local letter, dropped = tonumber(ARGV[7]), 0\nlocal first = 8 + letter"
+    + "local letter, dropped = tonumber(ARGV[8]), 0\nlocal first = 9 + letter"
     + _STORE
     + """
   if ARGV[6] == '1' then
     unbury(id)
   elseif letter > 0 and (ARGV[3] == 'failed' or not waited[3]) then
-    local more = {unpack(ARGV, 10, first - 1)}
-    dropped = bury(record, id, now, tonumber(ARGV[8]), tonumber(ARGV[9]), more)
+    local more = {unpack(ARGV, 11, first - 1)}
+    dropped = bury(record, id, now, tonumber(ARGV[9]), tonumber(ARGV[10]), more)
   end
 """
     + _TELL
@@ -402,6 +402,7 @@ class Record:
     service: str | None = None
     fan_out: str | None = None
     replay_of: str | None = None
+    conf_ref: str | None = None
 
     @property
     def ended(self) -> bool:
@@ -429,10 +430,17 @@ class Accepted(NamedTuple):
     by: str
     more: str = ""
     """Further fields of the record: each a NUL and its name, a NUL and its value."""
+    conf: Packed | None = None
+    """What is to be uploaded before it is accepted."""
 
     def args(self) -> tuple[Any, ...]:
         """Return what ACCEPT takes of it, beside its two keys."""
         return (self.message, self.delay_s, "\0".join(self[4:10]) + self.more)  # none of them may hold a NUL
+
+    @property
+    def reference(self) -> str:
+        """The stored conf that it is to hold; empty where it needs none."""
+        return self.conf.reference if self.conf is not None else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -457,19 +465,28 @@ class Records:
         self._client = client
 
     def accept(self, item: Accepted) -> bool:
-        """Queue one request and begin its record; tell whether its id is new."""
-        return bool(ACCEPT.run(self._client, (record_key(item.task_id), item.queue), item.args()) == b"1")
+        """Queue one request and begin its record; tell whether its id is new. Raises ConfGone."""
+        upload(self._client, item.conf)
+        answer = ACCEPT.run(self._client, (record_key(item.task_id), item.queue), item.args())
+        if answer == b"2":
+            raise ConfGone(item.reference)
+        return bool(answer == b"1")
 
-    def accept_many(self, items: Sequence[Accepted], chunk: int = 200) -> list[bool]:
+    def accept_many(self, items: Sequence[Accepted], chunk: int = 200) -> list[bool | ConfGone]:
         """Queue many requests and begin their records; tell of each whether its id is new.
 
-        When the connection breaks, some chunks may be in and others not: to send all again does no harm.
+        One whose conf is not there is not accepted, and the error comes in its place. When the connection
+        breaks, some chunks may be in and others not: to send all again does no harm.
         """
         pipe = self.batch(items, chunk)
-        return [one == ord("1") for answer in pipe.execute()[1:] for one in answer]
+        told = [digit for answer in pipe.execute()[1:] for digit in answer]
+        return [
+            ConfGone(item.reference) if digit == ord("2") else digit == ord("1")
+            for item, digit in zip(items, told, strict=True)
+        ]
 
     def batch(self, items: Iterable[Accepted], chunk: int = 200, chunk_bytes: int = 1 << 20) -> Pipeline:
-        """Return a pipeline that queues many requests and begins their records; nothing is sent yet.
+        """Return a pipeline that queues many requests and begins their records; confs alone are sent yet.
 
         Every chunk is all or nothing, and small enough that Redis, which does nothing else meanwhile, is
         soon through. When the connection breaks, some chunks may be in and others not.
@@ -481,6 +498,7 @@ class Records:
         for item in items:
             if len(pipe) == 0:
                 pipe.execute_command("SCRIPT", "LOAD", ACCEPT.lua)
+            upload(self._client, item.conf)
             keys += (record_key(item.task_id), item.queue)
             args += item.args()
             size += len(item.message)
@@ -543,6 +561,7 @@ class Records:
             service=found.get("service"),
             fan_out=found.get("fan_out"),
             replay_of=found.get("replay_of"),
+            conf_ref=found.get("conf_ref"),
         )
 
 
@@ -562,12 +581,13 @@ def store(
     correct: bool = False,
     letter: Mapping[str, str | bytes] | None = None,
     keeping: Keeping = Keeping(),  # noqa: B008 - a tuple
+    conf_keep_s: int = CONF_KEEP_S,
 ) -> Ended | bool:
     """Write a Celery result and the record that explains it, in one step; return False if nothing was new.
 
     With an end, what the record says of the request. `found` holds the record's fields to set; `correct`
     replaces an end that was OutcomeUnknown. `letter` has the fields of the dead letter that goes with the
-    end, beside those of the record.
+    end, beside those of the record. `conf_keep_s`: how long a stored conf is kept that nobody else holds.
     """
     pairs = [text for pair in found.items() for text in pair]
     script, buried = STORE, []
@@ -578,7 +598,7 @@ def store(
         client,
         (RESULT_PREFIX + task_id, record_key(task_id)),
         (
-            *(result, result_ttl_s, state, next_in_s, KEEP_S, int(correct), *buried),
+            *(result, result_ttl_s, state, next_in_s, KEEP_S, int(correct), conf_keep_s, *buried),
             *("task_id", task_id, *pairs),
         ),
     )

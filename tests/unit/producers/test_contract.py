@@ -18,9 +18,11 @@ from producers.contract import (
     GIVE_UP_AFTER_S,
     MAX_CONF_BYTES,
     MAX_CONF_DEPTH,
+    MAX_REFERENCED_BYTES,
     VERSION,
     Asked,
     DagRun,
+    PollRequest,
     TriggerRequest,
     conf_summary,
     is_run_id,
@@ -126,8 +128,27 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("conf too deep", {"conf": nested(MAX_CONF_DEPTH + 1)}, "is nested deeper than 64 levels"),
     ("conf in a circle", {"conf": circle()}, "is nested deeper than 64 levels"),
-    ("conf too large", {"conf": {"a": CANARY * (MAX_CONF_BYTES // 10)}}, "over the limit of 1000000"),
-    ("conf too large in UTF-8", {"conf": {"a": "ü" * (MAX_CONF_BYTES // 2)}}, "over the limit of 1000000"),
+    (
+        "conf too large",
+        {"conf": {"a": CANARY * (MAX_CONF_BYTES // 10)}, "conf_by": "value"},
+        "over the limit of 1000000",
+    ),
+    (
+        "conf too large in UTF-8",
+        {"conf": {"a": "ü" * (MAX_CONF_BYTES // 2)}, "conf_by": "value"},
+        "over the limit of 1000000",
+    ),
+    ("conf_by unknown", {"conf_by": CANARY}, "conf_by: "),
+    (
+        "a reference with more",
+        {"conf": {"dagrelay_conf": CANARY, "a": 1}},
+        "conf: has the key 'dagrelay_conf'",
+    ),
+    (
+        "a sealed conf with more",
+        {"conf": {"dagrelay_sealed": CANARY, "a": 1}},
+        "has the key 'dagrelay_sealed'",
+    ),
     ("key empty", {"key": ""}, "key: "),
     ("key number", {"key": 5}, "key: "),
     ("key bytes", {"key": CANARY.encode()}, "key: "),
@@ -248,9 +269,24 @@ def test_a_refusal_is_one_short_line_whatever_the_keys_are():
 def test_a_conf_of_exactly_the_limit_is_taken_and_one_byte_more_is_not():
     frame = len(json.dumps({"a": ""}, separators=(",", ":")))
 
-    assert TriggerRequest("d", {"a": "x" * (MAX_CONF_BYTES - frame)})
+    fits, over = {"a": "x" * (MAX_CONF_BYTES - frame)}, {"a": "x" * (MAX_CONF_BYTES - frame + 1)}
+    then = {"service": "render", "path": "/jobs/1"}
+
+    assert TriggerRequest("d", fits, conf_by="value")
+    assert TriggerRequest.from_message({"dag_id": "d", "conf": fits})
+    assert TriggerRequest("d", over)  # it goes by reference
     with pytest.raises(InvalidRequest, match="is 1000001 bytes as JSON"):
-        TriggerRequest("d", {"a": "x" * (MAX_CONF_BYTES - frame + 1)})
+        TriggerRequest("d", over, conf_by="value")
+    with pytest.raises(InvalidRequest, match="is 1000001 bytes as JSON"):
+        TriggerRequest.from_message({"dag_id": "d", "conf": over})
+    assert PollRequest(**then, then={"dag_id": "d", "conf": over})
+    with pytest.raises(InvalidRequest, match="then: conf: is 1000001 bytes as JSON"):
+        PollRequest.from_message({**then, "then": {"dag_id": "d", "conf": over}})
+
+
+def test_a_conf_over_the_limit_of_references_is_refused():
+    with pytest.raises(InvalidRequest, match="over the limit of 64000000"):
+        TriggerRequest("d", {"a": "x" * MAX_REFERENCED_BYTES})
 
 
 def test_text_of_a_subclass_travels_as_its_value_whatever_its_str_says():

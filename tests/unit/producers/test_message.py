@@ -310,7 +310,12 @@ REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
     ("a NUL", {"dag_id": "a", "conf": {"x": "\0"}}, {}, "conf.x holds a NUL"),
     ("a surrogate", {"dag_id": "a", "conf": {"x": "\ud800"}}, {}, "conf.x holds a lone surrogate"),
     ("65 bits", {"dag_id": "a", "conf": {"x": 2**63}}, {}, "conf.x is an integer beyond 64 bits"),
-    ("a large conf", {"dag_id": "a", "conf": {"x": "x" * MAX_CONF_BYTES}}, {}, "conf: is 1000008 bytes"),
+    (
+        "a large conf by value",
+        {"dag_id": "a", "conf": {"x": "x" * MAX_CONF_BYTES}, "conf_by": "value"},
+        {},
+        "conf: is 1000008 bytes",
+    ),
     ("an id that is a number", {"dag_id": "a", "id": 7}, {}, "id: "),
     ("an empty id", {"dag_id": "a", "id": ""}, {}, "id: "),
     ("a negative countdown", {"dag_id": "a", "countdown": -1}, {}, "countdown: "),
