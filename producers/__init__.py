@@ -26,12 +26,15 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .client import RelayClient, client, configure
+    from .client import RelayClient, client, configure, resolve_conf
     from .contract import Call, DagRun, Find, JobOutcome, Outcome, PollRequest, Submit, TriggerRequest
     from .errors import (
         AirflowError,
         BrokerUnavailable,
+        ConfGone,
         ConfigurationError,
+        ConfKeyMissing,
+        ConfUnreadable,
         DagrelayError,
         DagRunFailed,
         DagRunGone,
@@ -59,6 +62,9 @@ __all__ = [
     "AirflowError",
     "BrokerUnavailable",
     "Call",
+    "ConfGone",
+    "ConfKeyMissing",
+    "ConfUnreadable",
     "ConfigurationError",
     "DagRun",
     "DagRunFailed",
@@ -94,11 +100,12 @@ __all__ = [
     "fan_out",
     "poll_external_job",
     "register_relay",
+    "resolve_conf",
     "trigger_dag",
 ]
 
 _NAMES_IN = {
-    "client": ("RelayClient", "client", "configure"),
+    "client": ("RelayClient", "client", "configure", "resolve_conf"),
     "contract": (
         "Call",
         "DagRun",
@@ -112,6 +119,9 @@ _NAMES_IN = {
     "errors": (
         "AirflowError",
         "BrokerUnavailable",
+        "ConfGone",
+        "ConfKeyMissing",
+        "ConfUnreadable",
         "ConfigurationError",
         "DagrelayError",
         "DagRunFailed",
