@@ -181,7 +181,7 @@ def conf_problem(value: Any, where: str = "conf", depth: int = 0) -> str:
 
 
 def _is_plain(value: Any, depth: int) -> bool:
-    """Tell whether `_conf_problem` has nothing to say: it names places, and takes four times as long."""
+    """Tell whether `_conf_problem` has nothing to say: which names places, and takes twice as long."""
     kind = type(value)
     if kind is str:
         return not _text_problem(value)

@@ -19,8 +19,8 @@ def relay_conf(
         def load():
             conf = relay_conf()
 
-    A small conf is in the run, and returned as it is. A large one is in the run as a reference, and is fetched
-    from Dagrelay's Redis, by the Airflow connection `relay_conn_id` or, where there is none, by what the
+    A small conf is in the run, and returned as it is. A large one is in the run as a reference, and is
+    fetched from Dagrelay's Redis, by the Airflow connection `relay_conn_id` or, where there is none, by what the
     environment says. `context` is that of the running task, unless it is given. To hand a conf on to another
     DAG as it came, `context["dag_run"].conf` will do, which never fetches it.
 
