@@ -331,10 +331,7 @@ class Hand:
     def _empty_hands(self, line: Line) -> None:
         """Put back to the front of their queues what moves have fetched and nobody claims any more."""
         for queue_key in tuple(self._queues):
-            while line.execute_command(
-                "LMOVE", self.keys.hand(self.owner, queue_key), queue_key, "RIGHT", "RIGHT"
-            ):
-                pass
+            scripts.EMPTY(line, (self.held_key, self.keys.hand(self.owner, queue_key), queue_key), ())
 
     def release(self) -> None:
         """Put back all that is held and end the lease: at the end of the process."""

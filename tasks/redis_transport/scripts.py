@@ -68,6 +68,7 @@ if not until_ or tonumber(until_) <= now then  -- it had run out, and all was re
   redis.call('ZADD', leases, string.format('%.6f', now + ttl), owner)
   for list = 1, lists do redis.call('SADD', KEYS[5], KEYS[base + list]) end
 end
+redis.call('HDEL', held, '')  -- nothing: see RENEW
 local answer, found = {}, {}
 local function claim(list, message)
   found[#found + 1] = {list, message}
@@ -150,6 +151,13 @@ for i = 3, #ARGV do redis.call('SADD', KEYS[4], ARGV[i]) end
 return {had and 1 or 0, redis.call('HLEN', KEYS[2])}
 """
 )
+
+# Put back to the front of its queue what a hand has of it. KEYS: held, hand, the queue list.
+EMPTY: Final = Script("""
+redis.call('HDEL', KEYS[1], '')  -- nothing: see RENEW
+while redis.call('LMOVE', KEYS[2], KEYS[3], 'RIGHT', 'RIGHT') do end
+return 1
+""")
 
 # Put messages back to the front of their queues. KEYS: held, returned. ARGV: `counted`, `begun` (it is noted
 # that they came back, and not counted) or `unseen`, then tags. Returns how many there were.

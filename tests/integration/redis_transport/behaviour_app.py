@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 from types import ModuleType
 
-from celery import Celery, Task
+from celery import Celery, Task, states
+from celery.backends.redis import RedisBackend
 from celery.concurrency.thread import TaskPool
 
 BROKER = os.environ.get("BEHAVIOUR_BROKER", "redis://127.0.0.1:1/0")
@@ -23,7 +24,7 @@ LEASE_S = 3.0
 
 DEFAULTS = {
     "broker_url": BROKER,
-    "result_backend": BROKER,
+    "result_backend": f"{__name__}:Results+{BROKER}",
     "broker_transport_options": {"visibility_timeout": LEASE_S},
     "broker_connection_retry_on_startup": True,
     "task_acks_late": True,
@@ -45,6 +46,17 @@ if os.environ.get("BEHAVIOUR_TRANSPORT") == "ours":
     from tasks.redis_transport import worker as redis_transport_worker
 
     redis_transport_worker.install(app, budget_s=float(os.environ.get("BEHAVIOUR_BUDGET_S", "900")))
+
+
+class Results(RedisBackend):
+    """Celery's own, which notes a retry after it was published: where a machine is busy, the note came after
+    the end, and took its place for ever. Here it takes the place of nothing."""
+
+    def _set_with_state(self, key: str, value: object, state: str) -> None:
+        if state == states.RETRY:
+            self.client.set(key, value, ex=self.expires, nx=True)
+        else:
+            super()._set_with_state(key, value, state)
 
 
 class GreenPool(TaskPool):

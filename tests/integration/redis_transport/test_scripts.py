@@ -62,9 +62,8 @@ class Scene:
         return hand
 
     def claim(self, hand: Hand, wanted: int, hands: tuple[int, ...] = (), tags: tuple[int, ...] = ()) -> Any:
-        return claim(
-            hand, ["q"], wanted=wanted, group=1, fair=False, hands=[*hands], tags=[*tags], shas=["0" * 40]
-        )
+        shas = ["0" * 40] if tags else []
+        return claim(hand, ["q"], wanted=wanted, group=1, fair=False, hands=[*hands], tags=[*tags], shas=shas)
 
     def tag(self, name: str) -> int:
         return self.tags[message(name)]
@@ -130,6 +129,7 @@ STEPS: dict[str, tuple[Callable[[Scene], Any], bool, int]] = {
     "claim": (lambda s: s.claim(s.a, 2), True, 0),
     "claim the hand": (lambda s: s.claim(s.a, 2, (1,)), True, 0),
     "empty the hand": (lambda s: s.claim(s.a, 0, (1,)), True, 0),
+    "empty the hand at the end": (lambda s: s.a._empty_hands(s.a.client), True, 0),
     "acknowledge and claim": (lambda s: s.claim(s.a, 2, (1,), (s.tag("a1"),)), True, -1),
     "claim without a lease": (lambda s: (s.redis.zscore(KEYS.leases, "x"), s.claim(s.b, 2)), True, 0),
     "acknowledge": (lambda s: (s.a.ack(s.tag("a1")), s.a.flush()), True, -1),
