@@ -26,6 +26,7 @@ from urllib.parse import quote
 from ..errors import ConfigurationError
 from ..settings import ProducerSettings, read_settings
 from .compat import AIRFLOW_3, AirflowNotFoundException, BaseHook
+from .provider import form_behaviour, form_widgets
 
 if TYPE_CHECKING:
     from ..client import RelayClient
@@ -95,13 +96,14 @@ class DagrelayHook(BaseHook):  # type: ignore[misc]
         return True, "Redis answers"
 
     @staticmethod
+    def get_connection_form_widgets() -> dict[str, Any]:
+        """Return the fields for the extras in Airflow's form for such a connection."""
+        return form_widgets()
+
+    @staticmethod
     def get_ui_field_behaviour() -> dict[str, Any]:
-        """Return what Airflow's form for such a connection shows."""
-        return {
-            "hidden_fields": [],
-            "relabeling": {"schema": "Redis database"},
-            "placeholders": {"host": "redis.example.org", "port": "6379", "schema": "0"},
-        }
+        """Return what Airflow's form for such a connection calls the other fields."""
+        return form_behaviour()
 
 
 def client_for(target: RelayTarget) -> RelayClient:
