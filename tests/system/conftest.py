@@ -1,4 +1,8 @@
-"""A real Airflow for all tests of a version, one version after the other; the rest is each test's own."""
+"""A real Airflow for all tests of a version, one version after the other; the rest is each test's own.
+
+Where several processes share the tests out, one has those of Airflow 3 and of both, another those of 2: see
+`tests/conftest.py`. An Airflow ends with the last test of this folder, for what other tests its process has.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +74,7 @@ def make_airflow(
     return make
 
 
-@pytest.fixture(scope="session", params=["3", "2"], ids=["airflow3", "airflow2"])
+@pytest.fixture(scope="package", params=["3", "2"], ids=["airflow3", "airflow2"])
 def airflow(
     request: pytest.FixtureRequest, make_airflow: Callable[[Version], AirflowUnderTest]
 ) -> Iterator[AirflowUnderTest]:
@@ -80,7 +84,7 @@ def airflow(
         yield made
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def shared(airflow: AirflowUnderTest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """A Valkey and a worker for all tests that disturb nothing."""
     stack = Stack(airflow, tmp_path_factory.mktemp("shared"))

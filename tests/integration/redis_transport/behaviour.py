@@ -34,7 +34,7 @@ CLOCK = Path(__file__).with_name("clock")
 LEASE_S = behaviour_app.LEASE_S
 BACK_S = LEASE_S + max(1.0, LEASE_S / 6)
 """How long a dead worker's messages may take to come back: the lease, and the interval of the look for it."""
-BUSY_S = 4.0
+BUSY_S = 8.0
 """What a busy machine may add to anything."""
 AT_ONCE = 7
 """How many scenarios run at once."""

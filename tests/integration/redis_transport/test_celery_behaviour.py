@@ -103,11 +103,12 @@ def test_a_consumer_is_cancelled_and_added_at_run_time_and_nothing_is_lost(place
     world = place.world()
     worker = world.worker(c=2, options=("-Q", "one,two"))
     for number in range(60):
-        world.send("note", f"a{number}", 0.02, queue="one")
+        world.send("note", f"a{number}", 0.1, queue="one")
     until(lambda: len(world.notes("began")) > 5)
 
     assert "ok" in control(world, "cancel_consumer", "one")["w1"]
     time.sleep(0.5)
+    until(lambda: not any(world.held().values()))
     count = len(world.notes("began"))
     assert count < 60
     world.send("note", "other", queue="two")
