@@ -366,8 +366,22 @@ def test_a_success_triggers_one_dag_run_with_the_outcome_in_its_conf(start, rela
     assert relay.record(outcome.then).by == "tests@here"
 
 
-def test_a_conf_that_the_outcome_makes_too_large_is_told_as_such(start, service, airflow):
+def test_a_conf_that_the_outcome_makes_too_large_goes_by_reference(start, relay, service, airflow):
     handle = start(result="out", then={"dag_id": "report", "conf": {"more": "y" * 1000}})
+    until(lambda: service.jobs)
+    service.end("job-1", out="x" * (MAX_RESULT_BYTES - 500))
+
+    run = relay.handle(handle.get(timeout=10).then).get(timeout=10)
+
+    reference = airflow.runs["report", run.dag_run_id]["conf"]
+    assert len(json.dumps(reference)) < 200
+    found = relay.resolve_conf(reference)
+    assert (found["more"], len(found["job"]["result"])) == ("y" * 1000, MAX_RESULT_BYTES - 500)
+
+
+def test_a_conf_that_the_outcome_makes_too_large_by_value_is_told_as_such(start, service, airflow):
+    then = {"dag_id": "report", "conf": {"more": "y" * 1000}, "conf_by": "value"}
+    handle = start(result="out", then=then)
     until(lambda: service.jobs)
     service.end("job-1", out="x" * (MAX_RESULT_BYTES - 500))
 
