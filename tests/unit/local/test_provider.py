@@ -1,4 +1,4 @@
-"""Our wheel beside Airflow: its locks hold what it needs; a tree is built once, and not removed while in use."""
+"""Our wheel beside Airflow: its locks hold what it needs; a tree is built once and stays while in use."""
 
 from __future__ import annotations
 
