@@ -118,7 +118,9 @@ def doctor() -> None:
     ok = True
     shown = f"DAGRELAY_REDIS_URL={masked(settings.redis_url)} DAGRELAY_CLIENT_NAME={settings.client_name}"
     _say("settings", True, shown)
-    info = _ask_redis(RelayClient(settings))
+    client = RelayClient(settings)
+    _say("confs", True, str(client.confs))
+    info = _ask_redis(client)
     if info is None:
         ok = False
     else:

@@ -310,7 +310,7 @@ def _reserved_problem(conf: dict[str, Any]) -> str:
             "relay_conf(context) returns, to be changed and handed on; or hand on the reference as it is"
         )
     if SEALED in conf and not is_sealed(conf):
-        return f"has the key {SEALED!r}, which is kept for sealed confs"
+        return f"has the key {SEALED!r}, which is kept for sealed confs: give the whole conf anew"
     return ""
 
 

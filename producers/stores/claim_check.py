@@ -168,6 +168,12 @@ class ConfRules:
     keys: ConfKeys = ConfKeys()  # noqa: RUF009 - frozen
     limit_bytes: int = CONF_LIMIT_BYTES
 
+    def __str__(self) -> str:
+        first, *others = self.keys.names or ("",)
+        also = f", opened by {', '.join(others)} too" if others else ""
+        sealed = f"sealed by key {first}{also}" if first else "not sealed (DAGRELAY_CONF_KEY is not set)"
+        return f"{sealed}, by reference above {self.limit_bytes} bytes"
+
     def packed(self, conf: dict[str, Any] | None, by: str = "auto") -> Packed:
         """Return a checked conf as it goes into a message. `by`: as in `TriggerRequest.conf_by`."""
         if conf is None or is_sealed(conf):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import urllib.request
@@ -23,6 +24,7 @@ from producers.client import RelayClient
 from producers.contract import TriggerRequest
 from producers.errors import DagNotFound
 from producers.settings import ProducerSettings
+from producers.stores.claim_check import PIECE_BYTES
 from producers.stores.lines import Lines
 from producers.stores.waits import Waits
 from tests.fake_airflow import FakeAirflow
@@ -111,6 +113,22 @@ def test_a_producer_and_a_worker_do_all_that_they_have_to(scene, relay):
     assert {one.state for one in fan.get(timeout=60)} == {"done"}
     assert fan.progress() == (300, 300)
     assert relay.wake("nobody/waits", {"for": "it"}) == 0
+    assert scene.denied() == set()
+
+
+def test_a_producer_stores_confs_and_reads_those_whose_reference_it_has(scene, relay):
+    large = {"noise": os.urandom(2 * PIECE_BYTES).hex()}
+    run = relay.enqueue(TriggerRequest("sales", large)).get(timeout=30)
+    there = scene.airflow.runs["sales", run.dag_run_id]["conf"]
+    assert relay.resolve_conf(there) == large
+    relay.enqueue(TriggerRequest("sales", there)).get(timeout=30)
+    conf = {"a": "x" * 50_000}
+    fan = fan_out([{"dag_id": "sales", "conf": conf}, {"dag_id": "sales", "conf": there}], relay=relay)
+    assert {one.state for one in fan.get(timeout=60)} == {"done"}
+    for user in ("gateway", "listener"):
+        other = RelayClient(ProducerSettings(redis_url=scene.url(user), client_name="tests@here"))
+        assert other.enqueue(TriggerRequest("sales", {**large, "user": user})).id
+        other.redis.close()
     assert scene.denied() == set()
 
 
@@ -292,6 +310,10 @@ MORE: dict[str, tuple[Any, ...]] = {
     "read what waits by a script": ("EVAL", READS, "1", "dagrelay:parked"),
     "read what a worker holds": ("HGETALL", "dagrelay:held:x"),
     "read a dead letter": ("HGETALL", "dagrelay:dead:x"),
+    "list the confs that are stored": ("SCAN", "0", "MATCH", "dagrelay:conf:*"),
+    "see who holds a conf": ("SMEMBERS", "dagrelay:conf:x:held"),
+    "let go of a conf for somebody else": ("SREM", "dagrelay:conf:x:held", "y"),
+    "make something else a conf": ("RENAME", "dagrelay:record:x", "dagrelay:conf:x"),
     "list dead letters": ("ZRANGE", "dagrelay:dead", "0", "-1"),
     "read the quarantine": ("HGETALL", "dagrelay:quarantine"),
     # To lose or change it.

@@ -173,11 +173,11 @@ def test_a_message_past_our_door_is_held_or_ends_clearly(plain, valkey, airflow)
     assert plain.resolve_conf(reference) == conf
 
 
-def test_past_our_door_a_conf_goes_by_reference_where_that_is_asked_for(plain, valkey, airflow):
+def test_past_our_door_a_conf_goes_by_reference_where_that_is_asked_for(sealing, valkey, airflow):
     foreign(valkey, "chained", dag_id="e", conf={"a": 1}, conf_by="reference")
     until(lambda: ("e", "relay__chained") in airflow.runs)
-    assert plain.resolve_conf(airflow.runs["e", "relay__chained"]["conf"]) == {"a": 1}
-    until(lambda: not held(plain))
+    assert sealing.resolve_conf(airflow.runs["e", "relay__chained"]["conf"]) == {"a": 1}
+    until(lambda: not held(sealing))
 
 
 def test_a_fan_out_of_large_confs_lets_go_of_all_when_it_has_ended(plain, airflow):
