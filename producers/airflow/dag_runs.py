@@ -19,11 +19,20 @@ from datetime import datetime
 from typing import Any, ClassVar, Final, NoReturn
 
 from ..client import RelayClient, told_as_unavailable
-from ..contract import MAX_FAN_OUT, MAX_RESULT_BYTES, DagRun, Outcome, TriggerRequest
+from ..contract import (
+    MAX_FAN_OUT,
+    MAX_RESULT_BYTES,
+    DagRun,
+    Outcome,
+    TriggerRequest,
+    canonical_json,
+    reference_in,
+)
 from ..errors import DagRunFailed, InvalidRequest, LogicalDateTaken, RunConflict, RunExists
 from ..fan_out import OnError, fan_out
 from ..queues.message import task_id_for
 from ..stores import serving
+from ..stores.claim_check import ConfKeys
 from ..stores.fan_outs import FanOuts
 from ..stores.records import Record, record_key
 from .base import WAIT_STEP_S, RelayOperator, asked_by, has_template, name_of
@@ -86,7 +95,7 @@ class RelayTriggerDagRunOperator(RelayOperator):
 
     trigger_dag_id, trigger_run_id, conf, note
         Templated. `conf` is a dict, or its JSON as text (``{{ … | tojson }}``), of any size: see
-        `relay_conf`. Without a `trigger_run_id` the run's id is made from this task instance: see this module.
+        `relay_conf`. Without a `trigger_run_id` the run has an id that is made from this task instance.
     logical_date
         Templated. None by default, and not the current time: Airflow allows one run for each, and few DAGs
         read it. With one, and without a run id, that is ``manual__<logical date>``, as Airflow makes it.
@@ -187,8 +196,9 @@ class RelayTriggerDagRunOperator(RelayOperator):
         elif logical_date is not None:
             run_id, chosen = f"manual__{logical_date.isoformat()}", True
         else:
-            airflow_name = DagrelayHook(self.relay_conn_id).target.airflow_name
-            run_id, chosen = child_run_id(name_of(context, airflow_name), self.trigger_dag_id, conf), False
+            task = name_of(context, DagrelayHook(self.relay_conn_id).target.airflow_name)
+            run_id = child_run_id(task, self.trigger_dag_id, conf_digest(client.confs.keys, conf))
+            chosen = False
         if served.made == run_id or self.reset_dag_run or (served.before is not None and not chosen):
             if_exists = "clear"
         else:
@@ -380,7 +390,9 @@ class RelayFanOutOperator(RelayOperator):
         if served.before is not None:
             with told_as_unavailable():
                 before = _runs_before(client, served.before)
-        requests = with_run_ids(task, self._given(self._defaults()), before, cleared=served.cleared)
+        requests = with_run_ids(
+            *(task, self._given(self._defaults()), before), cleared=served.cleared, keys=client.confs.keys
+        )
         fan_out(
             requests,
             on_error=self.on_error,
@@ -459,10 +471,22 @@ class RelayFanOutOperator(RelayOperator):
 # What is asked for
 
 
-def child_run_id(task: str, dag_id: str, conf: Any, nth: int = 0) -> str:
-    """Return the id of the run that a task instance starts with this conf: one name for one child."""
-    told = json.dumps([task, dag_id, conf or None, nth], sort_keys=True, ensure_ascii=False, default=str)
-    return f"relay__{uuid.uuid5(_CHILDREN, told.encode('utf-8', 'surrogatepass').decode('latin-1'))}"
+def child_run_id(task: str, dag_id: str, *asked: Any) -> str:
+    """Return the id of the run that a task instance starts for what it asks: one name for one child."""
+    told = json.dumps([task, dag_id, *asked]).encode("utf-8", "surrogatepass").decode("latin-1")
+    return f"relay__{uuid.uuid5(_CHILDREN, told)}"
+
+
+def conf_digest(keys: ConfKeys, conf: dict[str, Any] | None) -> str:
+    """Return what is the same for equal confs; where there is a key, nobody without it can try guesses."""
+    if not conf:
+        return ""
+    if (reference := reference_in(conf)) is not None:
+        return reference
+    try:
+        return keys.reference_of(canonical_json(conf))
+    except (TypeError, ValueError, RecursionError):
+        return ""  # no JSON, which the request is refused for
 
 
 def conf_of(value: Any) -> dict[str, Any] | None:
@@ -616,6 +640,7 @@ def with_run_ids(
     before: Mapping[tuple[str, str], _Before],
     *,
     cleared: bool,
+    keys: ConfKeys = ConfKeys(),  # noqa: B008 - never changed
 ) -> list[TriggerRequest]:
     """Return the requests of a task instance, each for its run; equal ones are runs of their own.
 
@@ -623,17 +648,16 @@ def with_run_ids(
     well is found again, unless somebody cleared the task; the rest runs again, where the run is not somebody
     else's. Raises InvalidRequest.
     """
-    seen: Counter[str] = Counter()
+    seen: Counter[tuple[Any, ...]] = Counter()
     requests = []
     for where, given in several:
         fields = {**given, "conf": conf_of(given.get("conf"))}
         ours = not fields.get("key") and not fields.get("dag_run_id")
         if ours:
-            asked = [fields.get("connection"), str(fields.get("logical_date")), fields["conf"]]
-            first = child_run_id(task, str(fields.get("dag_id")), asked)
-            nth = seen[first]
-            seen[first] += 1
-            fields["dag_run_id"] = child_run_id(task, str(fields.get("dag_id")), asked, nth) if nth else first
+            dag_id, date = str(fields.get("dag_id")), str(fields.get("logical_date"))
+            asked = (dag_id, fields.get("connection"), date, conf_digest(keys, fields["conf"]))
+            seen[asked] += 1
+            fields["dag_run_id"] = child_run_id(task, *asked, seen[asked])
         request = checked_request(fields, where)
         known = before.get((request.dag_id, request.run_id_for("")))
         again = cleared or known is None or not known.done

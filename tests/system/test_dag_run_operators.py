@@ -1,0 +1,390 @@
+"""The operators that start DAG runs, in both real Airflows with our provider beside them.
+
+All parents of `operator_dags/dag_run_parents.py` are started at once; each test looks at what became of one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from local.airflow import Airflow
+from local.valkey import Valkey
+from tests.system.stack import QUICK, until
+from tests.worker import Worker
+
+DAGS = Path(__file__).with_name("operator_dags")
+COMPONENTS = {
+    "2": ("api", "scheduler", "triggerer"),
+    "3": ("api", "scheduler", "dag-processor", "triggerer"),
+}
+LATER = ("cleared_later",)  # these tests start them themselves
+
+
+class Rig:
+    """One Airflow with our provider, one Valkey, one worker; and the runs of the parents."""
+
+    def __init__(self, airflow: Airflow, valkey: Valkey, worker: Worker, folder: Path) -> None:
+        self.airflow, self.valkey, self.worker, self.folder = airflow, valkey, worker, folder
+
+    def file(self, name: str) -> Path:
+        """The file for which the children of a parent wait."""
+        return self.folder / f"{name}.go"
+
+    def get(self, path: str, **params: Any) -> Any:
+        status, found = self.airflow.api("GET", path, params=params)
+        assert status == 200, (status, found)
+        return found
+
+    def start(self, dag_id: str, run_id: str = "r", conf: dict[str, Any] | None = None) -> None:
+        body: dict[str, Any] = {"dag_run_id": run_id, "conf": conf or {}}
+        if self.airflow.version == "3":
+            body["logical_date"] = None
+        status, found = self.airflow.api("POST", f"/dags/{dag_id}/dagRuns", body)
+        assert status == 200, (status, found)
+
+    def ended(self, name: str, run_id: str = "r") -> str:
+        return str(self.airflow.wait_for_run(f"parent_{name}", run_id, 180)["state"])
+
+    def _path(self, name: str, run_id: str, task_id: str) -> str:
+        return f"/dags/parent_{name}/dagRuns/{run_id}/taskInstances/{task_id}"
+
+    def task(self, name: str, run_id: str = "r", task_id: str = "go") -> dict[str, Any]:
+        return dict(self.get(self._path(name, run_id, task_id)))
+
+    def until_deferred(self, name: str, run_id: str = "r") -> None:
+        until(lambda: self.task(name, run_id)["state"] == "deferred", f"{name} deferred", 90)
+
+    def xcom(self, name: str, key: str = "return_value", run_id: str = "r", **more: Any) -> Any:
+        found = self.get(f"{self._path(name, run_id, more.pop('task_id', 'go'))}/xcomEntries/{key}", **more)
+        # Airflow 2 gives the repr.
+        return found["value"] if self.airflow.version == "3" else _unrepr(found["value"])
+
+    def log(self, name: str, try_number: int = 1, run_id: str = "r") -> str:
+        """The log of a try, as text; that of the triggerer is in it."""
+        path = f"{self._path(name, run_id, 'go')}/logs/{try_number}"
+        return json.dumps(self.get(path, full_content=True), ensure_ascii=False)
+
+    def links(self, name: str, run_id: str = "r") -> dict[str, Any]:
+        found = dict(self.get(f"{self._path(name, run_id, 'go')}/links"))
+        return dict(found.get("extra_links", found))
+
+    def runs(self, dag_id: str) -> list[dict[str, Any]]:
+        """All runs of a child."""
+        found = self.get(f"/dags/{dag_id}/dagRuns", limit=100)
+        assert found["total_entries"] <= 100
+        return list(found["dag_runs"])
+
+    def children(self, dag_id: str = "child", **conf: Any) -> list[dict[str, Any]]:
+        """The runs of a child whose conf has all of this."""
+        return [
+            run for run in self.runs(dag_id) if all((run["conf"] or {}).get(k) == v for k, v in conf.items())
+        ]
+
+    def child(self, name: str, dag_id: str = "child") -> dict[str, Any]:
+        """The one run that a parent says it has started."""
+        return dict(self.get(f"/dags/{dag_id}/dagRuns/{self.xcom(name, 'trigger_run_id')}"))
+
+    def set_task(self, name: str, state: str, run_id: str = "r") -> None:
+        """Mark a task as a person does."""
+        if self.airflow.version == "3":
+            body: dict[str, Any] = {"new_state": state}
+        else:
+            body = {"new_state": state, "dry_run": False}
+        status, found = self.airflow.api("PATCH", self._path(name, run_id, "go"), body)
+        assert status == 200, (status, found)
+
+    def clear(self, name: str, run_id: str = "r") -> None:
+        """Clear a task as a person does."""
+        body = {"dry_run": False, "dag_run_id": run_id, "task_ids": ["go"], "only_failed": False}
+        if self.airflow.version == "2":
+            body["reset_dag_runs"] = True
+        status, found = self.airflow.api("POST", f"/dags/parent_{name}/clearTaskInstances", body)
+        assert status == 200, (status, found)
+
+
+def _unrepr(text: str) -> Any:
+    return eval(text, {}) if text[:1] in "[{('\"" or text == "None" else text  # noqa: S307
+
+
+@pytest.fixture(scope="module", params=["3", "2"], ids=["airflow3", "airflow2"])
+def airflow(request: pytest.FixtureRequest) -> str:
+    """Which Airflow; by this name the tests of one version run together."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def rig(airflow: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    folder = tmp_path_factory.mktemp(f"operators{airflow}")
+    shutil.copytree(DAGS, folder / "dags", ignore=shutil.ignore_patterns("__pycache__"))
+    with Valkey() as valkey:
+        redis = {"conn_type": "dagrelay", "extra": {"redis_url": valkey.url, "flower_url": "http://flower"}}
+        running = Airflow(
+            airflow,  # type: ignore[arg-type]
+            home=folder / "home",
+            dags=folder / "dags",
+            components=COMPONENTS[airflow],
+            provider=True,
+            extra_env={
+                "AIRFLOW_CONN_DAGRELAY_DEFAULT": json.dumps(redis),
+                "AIRFLOW_CONN_REFUSED": "dagrelay://127.0.0.1:1/0",
+            },
+        )
+        with running:
+            connections = {"default": running.conn_uri, "elsewhere": running.conn_uri}
+            with Worker(valkey.url, folder, connections=connections, **QUICK) as worker:
+                made = Rig(running, valkey, worker, folder)
+                _start_all(made)
+                yield made
+
+
+def _start_all(rig: Rig) -> None:
+    for dag_id in ("child", "paused_child", "fanned_child", "leaf", "fanned_leaf", "parent_mapped"):
+        rig.airflow.wait_for_dag(dag_id)
+    for run_id in ("taken", "taken_reset"):
+        rig.start("child", run_id, {"n": 1})
+    for run_id in ("taken", "taken_reset"):
+        rig.airflow.wait_for_run("child", run_id)
+    status, _ = rig.airflow.api("PATCH", "/dags/paused_child", {"is_paused": True})
+    assert status == 200
+    parents = [
+        dag["dag_id"] for dag in rig.get("/dags", limit=100)["dags"] if dag["dag_id"].startswith("parent_")
+    ]
+    assert len(parents) > 25
+    for dag_id in parents:
+        name = dag_id.removeprefix("parent_")
+        if name not in LATER:
+            conf = {"who": "Ada", "date": "2024-05-01T00:00:00+00:00", "until": str(rig.file(name))}
+            rig.start(dag_id, conf=conf)
+
+
+# One run
+
+
+def test_the_childs_result_is_the_tasks_xcom_and_the_run_says_who_asked(rig: Rig) -> None:
+    assert rig.ended("result") == "success"
+    assert rig.xcom("result") == {"conf": {"who": "Ada"}, "tries": 1}
+    child = rig.child("result")
+    assert child["dag_run_id"].startswith("relay__")
+    assert "by=airflow_parent_result/go_try_1" in child["note"]
+    assert child["note"].endswith("for r")
+
+
+def test_the_task_links_to_the_run_and_to_flower(rig: Rig) -> None:
+    assert rig.ended("result") == "success"
+    child, links = rig.xcom("result", "trigger_run_id"), rig.links("result")
+    assert child in links["Triggered DAG"].replace("%3A", ":")
+    assert links["Triggered DAG"].startswith(rig.airflow.url)
+    assert links["Flower"] == f"http://flower/task/{rig.xcom('result', 'dagrelay_request_id')}"
+
+
+def test_without_result_from_the_xcom_has_the_facts_of_the_run(rig: Rig) -> None:
+    assert rig.ended("facts") == "success"
+    facts = rig.xcom("facts")
+    assert (facts["dag_id"], facts["state"], facts["created"]) == ("leaf", "success", True)
+    assert rig.child("facts", "leaf")["conf"] == {"a": [1, 2]}
+
+
+def test_a_task_that_does_not_wait_ends_when_the_run_is_there(rig: Rig) -> None:
+    assert rig.ended("start_only") == "success"
+    assert rig.xcom("start_only")["created"] is True
+    assert rig.xcom("start_only")["state"] == "queued"
+    assert rig.child("start_only", "leaf")
+
+
+def test_another_airflow_by_the_name_that_workers_know_it_by_and_waiting_in_the_worker(rig: Rig) -> None:
+    assert rig.ended("other_airflow") == "success"
+    assert rig.xcom("other_airflow")["connection"] == "elsewhere"
+
+
+def test_a_dag_that_there_is_not_fails_the_task(rig: Rig) -> None:
+    assert rig.ended("missing") == "failed"
+    assert "Airflow has no DAG 'no_such_dag'" in rig.log("missing")
+
+
+def test_a_failed_child_fails_the_task_and_is_named(rig: Rig) -> None:
+    assert rig.ended("child_fails") == "failed"
+    log = rig.log("child_fails")
+    assert f"run '{rig.xcom('child_fails', 'trigger_run_id')}' of DAG 'child' failed" in log
+
+
+@pytest.mark.parametrize("name", ["flaky", "own_run_id"])
+def test_a_retry_has_the_same_child_run_again(rig: Rig, name: str) -> None:
+    assert rig.ended(name) == "success"
+    assert rig.task(name)["try_number"] == 2
+    assert rig.xcom(name)["tries"] == 2
+    assert rig.xcom(name, "trigger_run_id") == (
+        "own" if name == "own_run_id" else rig.child(name)["dag_run_id"]
+    )
+
+
+def test_a_try_that_is_killed_leaves_its_child_to_the_next(rig: Rig) -> None:
+    assert rig.ended("killed") == "success"
+    assert rig.xcom("killed")["tries"] == 1
+    assert "was handed over by an earlier try" in rig.log("killed", 2)
+
+
+def test_a_failed_child_may_be_good(rig: Rig) -> None:
+    assert rig.ended("failed_is_good") == "success"
+    assert rig.xcom("failed_is_good")["state"] == "failed"
+
+
+def test_a_child_that_succeeds_may_be_bad_and_then_a_retry_begins_anew(rig: Rig) -> None:
+    assert rig.ended("success_is_bad") == "failed"
+    assert "ended as success, which is in failed_states" in rig.log("success_is_bad", 2)
+    child = rig.xcom("success_is_bad", "trigger_run_id")
+    assert rig.get(f"/dags/child/dagRuns/{child}/taskInstances/say")["try_number"] == 2
+
+
+def test_a_run_of_somebody_elses_fails_the_task_skips_it_or_is_cleared(rig: Rig) -> None:
+    assert rig.ended("taken") == "failed"
+    assert "exists already" in rig.log("taken")
+    rig.ended("taken_skip")
+    assert rig.task("taken_skip")["state"] == "skipped"
+    assert rig.ended("taken_reset") == "success"
+    assert rig.xcom("taken_reset")["tries"] == 2
+    assert rig.get("/dags/child/dagRuns/taken/taskInstances/say")["try_number"] == 1
+
+
+def test_a_logical_date_gives_the_run_the_id_that_airflow_would_give_it(rig: Rig) -> None:
+    assert rig.ended("date") == "success"
+    assert rig.child("date", "leaf")["logical_date"].startswith("2024-05-01T00:00:00")
+    assert rig.xcom("date", "trigger_run_id") == "manual__2024-05-01T00:00:00+00:00"
+
+
+def test_a_paused_dag_fails_the_task_where_it_is_to(rig: Rig) -> None:
+    assert rig.ended("paused") == "failed"
+    assert "is paused, and no run was made" in rig.log("paused")
+    assert rig.runs("paused_child") == []
+
+
+def test_an_unknown_connection_and_a_conf_that_is_no_json_fail_for_good_by_name(rig: Rig) -> None:
+    for name, words in (
+        ("no_connection", "relay_conn_id: Airflow has no connection 'nowhere'"),
+        ("bad_conf", "conf: is text that is no JSON"),
+    ):
+        assert rig.ended(name) == "failed"
+        assert rig.task(name)["try_number"] == 1
+        assert words in rig.log(name).replace("\\'", "'").replace('\\"', "'")
+
+
+def test_a_missing_redis_is_a_failure_that_airflow_retries(rig: Rig) -> None:
+    assert rig.ended("redis_away") == "failed"
+    assert rig.task("redis_away")["try_number"] == 2
+    assert "127.0.0.1:1" in rig.log("redis_away")
+
+
+def test_mapped_tasks_have_a_child_each_and_feed_a_fan_out(rig: Rig) -> None:
+    assert rig.ended("mapped") == "success"
+    assert len({run["dag_run_id"] for run in rig.runs("child") if "mapped" in (run["conf"] or {})}) == 3
+    outcomes = rig.xcom("mapped", task_id="fan")
+    assert [one["state"] for one in outcomes] == ["done"] * 3
+    assert {run["conf"]["then"] for run in rig.runs("fanned_leaf") if "then" in (run["conf"] or {})} == {
+        0,
+        1,
+        2,
+    }
+
+
+# Many
+
+
+def test_a_fan_out_returns_all_outcomes_and_a_retry_repeats_only_what_failed(rig: Rig) -> None:
+    assert rig.ended("fan") == "success"
+    assert rig.task("fan")["try_number"] == 2
+    outcomes = rig.xcom("fan")
+    assert [one["run"]["result"]["conf"].get("n") for one in outcomes] == [0, 1, 1, 3]
+    assert [one["run"]["result"]["tries"] for one in outcomes] == [1, 1, 1, 2]
+    assert len({one["dag_run_id"] for one in outcomes}) == 4
+    assert (
+        len([run for run in rig.runs("fanned_child") if "n" in run["conf"] and "fail" not in run["conf"]])
+        == 4
+    )
+    assert rig.xcom("fan", "dagrelay_fan_out")["done"] == 4
+
+
+def test_a_fan_out_fails_with_the_first_failures_and_may_allow_some(rig: Rig) -> None:
+    assert rig.ended("fan_fails") == "failed"
+    assert "2 of 4 did not end well (allowed: 0.25): [0] run relay__" in rig.log("fan_fails")
+    assert rig.ended("fan_may_fail") == "success"
+    assert [one["state"] for one in rig.xcom("fan_may_fail")] == ["failed", "done", "done"]
+    assert rig.ended("fan_started") == "success"
+    assert [one["run"]["created"] for one in rig.xcom("fan_started")] == [True, True]
+
+
+# What people do
+
+
+def test_a_marked_task_stops_its_child_where_it_is_to(rig: Rig) -> None:
+    rig.until_deferred("marked")
+    rig.set_task("marked", "failed")
+    until(lambda: rig.child("marked")["state"] == "failed", "the child stopped", 60)
+
+
+def test_a_marked_fan_out_stops_its_children(rig: Rig) -> None:
+    rig.until_deferred("fan_marked")
+    (child,) = until(lambda: rig.children("fanned_child", x=1), "the child there", 60)
+    rig.set_task("fan_marked", "success")
+    way = f"/dags/fanned_child/dagRuns/{child['dag_run_id']}"
+    until(lambda: rig.get(way)["state"] == "failed", "the child stopped", 60)
+
+
+def test_a_cleared_task_waits_for_the_child_that_runs(rig: Rig) -> None:
+    rig.until_deferred("cleared")
+    child = rig.xcom("cleared", "trigger_run_id")
+    first = rig.xcom("cleared", "dagrelay_request_id")
+    rig.clear("cleared")
+    until(lambda: _other(rig, "cleared", first), "another request", 60)
+    rig.file("cleared").touch()
+    assert rig.ended("cleared") == "success"
+    assert rig.xcom("cleared", "trigger_run_id") == child
+    assert rig.xcom("cleared")["tries"] == 1
+
+
+def test_a_cleared_task_that_stops_its_child_has_it_run_again(rig: Rig) -> None:
+    rig.until_deferred("cleared_and_stopped")
+    child = rig.xcom("cleared_and_stopped", "trigger_run_id")
+    first = rig.xcom("cleared_and_stopped", "dagrelay_request_id")
+    rig.clear("cleared_and_stopped")
+    until(lambda: _other(rig, "cleared_and_stopped", first), "another request", 60)
+    rig.file("cleared_and_stopped").touch()
+    assert rig.ended("cleared_and_stopped") == "success"
+    assert rig.xcom("cleared_and_stopped", "trigger_run_id") == child
+
+
+def _other(rig: Rig, name: str, request_id: str) -> bool:
+    task = rig.task(name)
+    return task["state"] == "deferred" and rig.xcom(name, "dagrelay_request_id") != request_id
+
+
+def test_a_task_cleared_after_its_success_has_the_same_child_run_again(rig: Rig) -> None:
+    rig.start("parent_cleared_later", conf={"n": 7})
+    assert rig.ended("cleared_later") == "success"
+    child = rig.xcom("cleared_later", "trigger_run_id")
+    rig.clear("cleared_later")
+    until(lambda: rig.task("cleared_later")["try_number"] == 2, "the second try", 60)
+    assert rig.ended("cleared_later") == "success"
+    assert (rig.xcom("cleared_later", "trigger_run_id"), rig.xcom("cleared_later")["tries"]) == (child, 2)
+
+
+# The last: what runs is killed
+
+
+def test_kills_of_triggerer_scheduler_and_worker_in_the_midst_start_nothing_twice(rig: Rig) -> None:
+    rig.until_deferred("through_kills")
+    for component in ("triggerer", "scheduler"):
+        rig.airflow.kill_component(component)
+    rig.worker.kill()
+    rig.file("through_kills").touch()
+    time.sleep(1)
+    rig.worker.start()
+    for component in ("scheduler", "triggerer"):
+        rig.airflow.start_component(component)
+    assert rig.ended("through_kills") == "success"
+    assert len(rig.children(until=str(rig.file("through_kills")))) == 1
