@@ -283,7 +283,7 @@ def _collect_less_garbage(**_: Any) -> None:
 @signals.worker_init.connect
 def _say_what_is_served(**_: Any) -> None:
     for connection in settings().connections.values():
-        log.info("connection id=%s url=%s", connection.id, connection.base_url)
+        log.info("connection id=%s url=%s", connection.id, connection.address)
     if not settings().connections:
         log.error("no connection to any Airflow: set AIRFLOW_CONN_DEFAULT")
 

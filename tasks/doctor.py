@@ -25,6 +25,7 @@ def main() -> int:
         f"concurrency={ours.concurrency} visibility_timeout_s={ours.visibility_timeout_s:g} "
         f"result_ttl_s={ours.result_ttl_s} log_level={ours.log_level}",
     )
+    _say("confs", True, f"{ours.confs}, kept for {ours.conf_keep_s / 86_400:.1f} days after their last use")
     for service in ours.services.values():
         if service.queue is not None:
             _say(f"service {service.id}", True, f"a queue: messages go to {service.queue.name}")
@@ -49,17 +50,21 @@ def _check(connection: AirflowConnection, known: dict[str, LineState]) -> bool:
     try:
         found = airflow_client(connection).check()
     except AirflowError as exc:
-        _say(what, False, f"{connection.base_url}: {exc}")
+        _say(what, False, f"{connection.address}: {exc}")
         return False
     who = f"user {connection.username}" if connection.username else "token" if connection.token else "nobody"
+    if connection.command is not None:
+        who = "whom it runs as"
     ok = found.credentials_accepted and found.scheduler == "healthy"
     words = "" if found.credentials_accepted else f", credentials refused: {found.problem}"
     _say(
         what,
         ok,
-        f"{connection.base_url} {found.version} (API {found.api}) as {who}, "
+        f"{connection.address} {found.version} (API {found.api}) as {who}, "
         f"scheduler {found.scheduler}, at most {connection.ceiling} requests in flight{words}",
     )
+    if connection.failover is not None:
+        ok = _check(connection.failover, known) and ok
     line = known.get(connection.id)
     if line is not None and line.held:
         _say(what, False, f"held ({line.held}): {line.held_reason}; {line.waiting} wait")

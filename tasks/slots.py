@@ -18,7 +18,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from typing import Any, Final, NoReturn, TypeVar
 
 from celery import bootsteps
@@ -197,6 +197,8 @@ class Turn:
         until: float | None = None,
     ) -> None:
         self.connection, self.until, self.give_up_after_s = connection, until, give_up_after_s
+        self.on = connection
+        """The way that is gone: the connection, or what stands in for it."""
         self._task, self._priority = task, priority
         self._token = ""
         self._verdict: Verdict = "unused"
@@ -221,13 +223,42 @@ class Turn:
             raise Busy
         try:
             taken, token = _take(self.connection, self._task.request.id)
-            if not taken.slots:
+            self.on = self.connection
+            if not taken.slots and not (taken.why == "open" and (token := self._take_instead())):
                 _scarce_until[name] = time.monotonic() + SCARCE_S
                 self._wait(taken)
         except BaseException:
             _leave(name)
             raise
         self._token, asking.asker = token, self
+
+    def _take_instead(self) -> str:
+        """Take a slot of what stands in for the connection; return its token, "" where there is none."""
+        instead = self.connection.failover
+        if instead is None:
+            return ""
+        taken, token = _take(instead, self._task.request.id)
+        if not taken.slots:
+            return ""
+        self.on = instead
+        return token
+
+    def fail_over(self, exc: AirflowUnavailable) -> bool:
+        """Go on by what stands in for the connection, after a request that has certainly not reached it.
+
+        Tell whether it is so. Where a request may have, or was refused by somebody, the breaker decides: it
+        may be that Airflow has too much to do.
+        """
+        if exc.unsure or self._verdict != "broken" or self.on is not self.connection or self._token == OFF:
+            return False
+        mine, verdict, took_s = self._token, self._verdict, self._took_s
+        token = self._take_instead()
+        if not token:
+            return False
+        log.info("airflow not reached, asked by its CLI connection=%s: %s", self.connection.id, exc.reason)
+        self._token, self._verdict, self._took_s = token, "unused", 0.0
+        give(self.connection, mine, verdict, took_s)
+        return True
 
     def not_coming(self) -> None:
         """Give up the place that is kept for a task that was called: it has no thread."""
@@ -253,7 +284,7 @@ class Turn:
         elif isinstance(exc, AirflowUnavailable) and verdict == "ok":
             verdict = "broken"  # an answer, and none of Airflow's
         self._verdict = "unused"
-        give(self.connection, token, verdict, self._took_s, words)
+        give(self.on, token, verdict, self._took_s, words)
 
     def parked(self, why: str, exc: BaseException) -> Ignore:
         """End the conversation, park the task for what it has met there, and return what to raise."""
@@ -280,12 +311,21 @@ class _Client:
     """An Airflow client whose first use takes the slot."""
 
     def __init__(self, turn: Turn) -> None:
-        self._turn, self._airflow = turn, airflow_client(turn.connection)
+        self._turn = turn
         self.connection = turn.connection
 
     def __getattr__(self, name: str) -> Any:
         self._turn.begin()
-        return getattr(self._airflow, name)
+        found = getattr(airflow_client(self._turn.on), name)
+        return found if self.connection.failover is None else partial(self._either_way, name)
+
+    def _either_way(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return getattr(airflow_client(self._turn.on), name)(*args, **kwargs)
+        except AirflowUnavailable as exc:
+            if not self._turn.fail_over(exc):
+                raise
+        return getattr(airflow_client(self._turn.on), name)(*args, **kwargs)
 
 
 @contextmanager
@@ -294,7 +334,13 @@ def thread_turn(connection: AirflowConnection, timeout_s: float = JOIN_S) -> Ite
 
     Raises NoTurn where there is none in time, and at once where nothing may be sent.
     """
-    token = _take_waiting(connection, timeout_s)
+    try:
+        token = _take_waiting(connection, timeout_s)
+    except NoTurn as exc:
+        if exc.why != "open" or connection.failover is None:
+            raise
+        connection = connection.failover
+        token = _take_waiting(connection, timeout_s)
     turn = Turn(None, connection, give_up_after_s=0, priority=0)
     turn._token, asking.asker = token, turn
     _enter(connection.id, whatever=True)
@@ -611,6 +657,8 @@ class LinesStep(bootsteps.StartStopStep):
             with suppress(RedisError, OSError):  # said by the first request
                 for one in settings().connections.values():
                     lines().announce(one.id, one.ceiling)
+                    if one.failover is not None:
+                        lines().announce(one.failover.id, one.failover.ceiling)
             self._entry = consumer.hub.call_repeatedly(TICK_S, tick)
 
     def stop(self, consumer: Any) -> None:
@@ -626,8 +674,12 @@ def tick() -> None:
     """Call what there is room for, begin to drain, and begin the probes that are due. Raises nothing."""
     from . import drain
 
-    known = settings().connections
+    own = settings().connections
+    known = {way.id: way for one in own.values() for way in (one, one.failover) if way is not None}
     try:
+        for one in own.values():
+            if one.failover is not None:
+                lines().stand_in(one.id, one.failover.id, 2 * one.failover.ceiling)
         due, idle = lines().tick(
             [(one.id, one.fingerprint()) for one in known.values()],
             probe_s=max((one.connect_timeout_s + one.read_timeout_s for one in known.values()), default=1.0),
@@ -636,7 +688,8 @@ def tick() -> None:
         log.debug("lines not seen to: %s", said(exc))
         return
     for name in idle:
-        drain.begin(name)
+        if name in own:
+            drain.begin(name)
     for name in due:
         if name not in _probing:
             _probing.add(name)

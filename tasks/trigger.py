@@ -153,6 +153,7 @@ def trigger_dag(self: Any, *before: Any, **message: Any) -> dict[str, Any]:
         raise ConnectionNotConfigured(request.connection)
     made = _made_so_far(message)
     request = taken_up(self, request, made=made is not None or (found is not None and found.run is not None))
+    unsure = redelivered(self) or (found is not None and found.unsure)
     turn = Turn(self, connection, give_up_after_s=request.give_up_after_s, priority=request.priority)
     try:
         with turn as airflow:
@@ -165,8 +166,10 @@ def trigger_dag(self: Any, *before: Any, **message: Any) -> dict[str, Any]:
                 request,
                 turn,
                 airflow,
-                start=partial(start_run, request, task_id=task_id, asked=asked, airflow=airflow),
-                look=partial(there_already, request, task_id=task_id, airflow=airflow),
+                start=partial(
+                    start_run, request, task_id=task_id, asked=asked, airflow=airflow, unsure=unsure
+                ),
+                look=partial(there_already, request, task_id=task_id, airflow=airflow, unsure=unsure),
             )
     except Busy as exc:
         raise _without_thread(self, turn, exc) from exc
@@ -388,7 +391,8 @@ def settle_outcome(
         log.info("unknown outcome not looked up task_id=%s: %s", task_id, exc)
         view = None
     if view is not None:
-        run = as_dag_run(view, known, created=names(view.note, task_id))
+        created = names(view.note, task_id) or (known.by_cli and not view.note)
+        run = as_dag_run(view, known, created=created)
         backend().correct(task_id, run.to_message())
     elif datetime.now(UTC).timestamp() < until:
         raise self.retry(countdown=settings().look_up_every_s)
@@ -396,8 +400,12 @@ def settle_outcome(
         log.warning("outcome stays unknown task_id=%s dag_id=%s run_id=%s", task_id, dag_id, dag_run_id)
 
 
-def start_run(request: TriggerRequest, *, task_id: str, asked: Asked, airflow: Airflow) -> DagRun:
+def start_run(
+    request: TriggerRequest, *, task_id: str, asked: Asked, airflow: Airflow, unsure: bool = False
+) -> DagRun:
     """Bring the run about and return it; called again for the same request, it is the same run.
+
+    `unsure`: an earlier attempt may have made it.
 
     Raises what `AirflowClient.create_dag_run` raises, and RunConflict, RunExists or LogicalDateTaken. No
     permanent verdict without a look at the run id: Airflow checks the DAG, its import errors and its
@@ -410,7 +418,7 @@ def start_run(request: TriggerRequest, *, task_id: str, asked: Asked, airflow: A
     except DagRunExists:
         existing = airflow.get_dag_run(request.dag_id, run_id)
         if existing is not None:
-            return settle_existing(request, existing, task_id=task_id, airflow=airflow)
+            return settle_existing(request, existing, task_id=task_id, airflow=airflow, unsure=unsure)
         if request.logical_date is not None:
             holder = airflow.find_run_by_logical_date(request.dag_id, request.logical_date)
             if holder is not None and holder != run_id:
@@ -420,11 +428,13 @@ def start_run(request: TriggerRequest, *, task_id: str, asked: Asked, airflow: A
         existing = airflow.get_dag_run(request.dag_id, run_id)
         if existing is None:
             raise
-        return settle_existing(request, existing, task_id=task_id, airflow=airflow)
+        return settle_existing(request, existing, task_id=task_id, airflow=airflow, unsure=unsure)
     return as_dag_run(view, airflow.connection, created=True)
 
 
-def there_already(request: TriggerRequest, *, task_id: str, airflow: Airflow) -> DagRun | None:
+def there_already(
+    request: TriggerRequest, *, task_id: str, airflow: Airflow, unsure: bool = False
+) -> DagRun | None:
     """Return the run of a request that is held back, if there is one: what `start_run` would find.
 
     One that has ended and is to be cleared needs a place as a new one does.
@@ -434,15 +444,22 @@ def there_already(request: TriggerRequest, *, task_id: str, airflow: Airflow) ->
         return None
     if request.if_exists == "clear" and existing.state in ENDED and not names(existing.note, task_id):
         return None
-    return settle_existing(request, existing, task_id=task_id, airflow=airflow)
+    return settle_existing(request, existing, task_id=task_id, airflow=airflow, unsure=unsure)
 
 
-def settle_existing(request: TriggerRequest, existing: RunView, *, task_id: str, airflow: Airflow) -> DagRun:
+def settle_existing(
+    request: TriggerRequest, existing: RunView, *, task_id: str, airflow: Airflow, unsure: bool = False
+) -> DagRun:
     """Decide about a run that has our run id: our own earlier attempt, or somebody else's run.
 
-    Raises RunConflict when it differs, RunExists when the request says if_exists="fail".
+    Airflow's CLI writes no note, and reads none: there what is as we asked for it is our own if an earlier
+    attempt may have made it (`unsure`). Raises RunConflict when it differs, RunExists when the request says
+    if_exists="fail".
     """
-    if names(existing.note, task_id):
+    mine = names(existing.note, task_id)
+    if unsure and airflow.connection.by_cli and not existing.note:
+        mine = mine or not difference_of(request, existing)
+    if mine:
         return as_dag_run(existing, airflow.connection, created=True)
     if request.if_exists == "skip":
         return as_dag_run(existing, airflow.connection, created=False)
@@ -606,7 +623,7 @@ def _give_up(
         with suppress(AirflowUnavailable, CredentialsRefused, RequestRejected, NoTurn, Busy), turn as airflow:
             existing = airflow.get_dag_run(request.dag_id, run_id)
             if existing is not None:
-                return settle_existing(request, existing, task_id=task_id, airflow=airflow)
+                return settle_existing(request, existing, task_id=task_id, airflow=airflow, unsure=unsure)
     look_up_later(task_id, request.dag_id, run_id, request.connection)
     raise OutcomeUnknown(request.dag_id, run_id, reason)
 

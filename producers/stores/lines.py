@@ -488,6 +488,27 @@ return {answer, idle}
 """
 )
 
+# While a breaker is open, have the first of a line wait in that of what stands in. KEYS: the hash, the line,
+# the other line. ARGV: how many may wait there. Returns how many have gone.
+STAND_IN: Final = Script(
+    """
+redis.call('ZREM', KEYS[2], '')
+local known = redis.call('HMGET', KEYS[1], 'breaker', 'held')
+if known[1] ~= 'open' or (known[2] or '') ~= '' then return 0 end
+local free, gone = ARGV[1] - redis.call('ZCARD', KEYS[3]), 0
+if free <= 0 then return 0 end
+local first = redis.call('ZRANGE', KEYS[2], '(-inf', '+inf', 'BYSCORE', 'LIMIT', 0, free, 'WITHSCORES')
+for i = 1, #first, 2 do
+  redis.call('ZADD', KEYS[3], first[i + 1], first[i])
+  redis.call('ZREM', KEYS[2], first[i])
+  local record = 'dagrelay:record:' .. first[i]
+  if redis.call('HEXISTS', record, 'line') == 1 then redis.call('HSET', record, 'line', KEYS[3]) end
+  gone = gone + 1
+end
+return gone
+"""
+)
+
 # KEYS: the hash, slots. ARGV: connection, what came of it (ok, failed, refused), own fingerprint, words,
 # seconds between two probes of refused credentials. Returns what the breaker is now.
 PROBED: Final = Script(
@@ -801,6 +822,14 @@ class Lines:
         pairs = [text for pair in connections for text in pair]
         probes, idle = TICK.run(self._client, (), (probe_s, *pairs))
         return [_text(one) for one in probes], [_text(one) for one in idle]
+
+    def stand_in(self, connection: str, other: str, most: int) -> int:
+        """While a connection's breaker is open, move what is first in its line to another's; return how many.
+
+        Up to `most` wait there: the rest keeps its place, for when the breaker closes.
+        """
+        keys = (airflow_key(connection), line_key(connection), line_key(other))
+        return int(STAND_IN.run(self._client, keys, (most,)))
 
     def probed(
         self,

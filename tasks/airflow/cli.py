@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, NoReturn, TypeVar
 
-from producers.contract import TriggerRequest
+from producers.contract import TaskInstance, TriggerRequest
 from producers.errors import AirflowUnavailable, CredentialsRefused, DagNotFound, RequestRejected
 from tasks.airflow.answers import (
     DagRunExists,
@@ -175,7 +175,8 @@ def read_tasks(ran: Ran) -> tuple[bool, datetime | None]:
     """Return whether there is such a run, and its logical date if it has one, and a task that tells it."""
     if ran.code != 0:
         name, text = failure(ran)
-        if name == "DagRunNotFound" or "Error parsing the supplied execution_date" in text:
+        no_date = "Error parsing the supplied execution_date" in text  # nor a run id, to Airflow 2
+        if name == "DagRunNotFound" or no_date or _no_such_dag(ran):
             return False, None
         raise refusal(ran, sure=True)
     found = rows(ran)
@@ -417,6 +418,18 @@ class CliClient:
     def get_xcom(self, dag_id: str, run_id: str, task_id: str) -> NoReturn:
         """Refuse."""
         self._cannot("it has no way to read what a task returned")
+
+    def is_mapped(self, dag_id: str, task_id: str) -> NoReturn:
+        """Refuse."""
+        self._cannot("it has no way to tell whether a task is mapped")
+
+    def get_task_instance(self, task: TaskInstance) -> NoReturn:
+        """Refuse: it shows no try of a task."""
+        self._cannot("it has no way to set the state of a task")
+
+    def set_task_state(self, task: TaskInstance, state: str, note: str) -> NoReturn:
+        """Refuse."""
+        self._cannot("it has no way to set the state of a task")
 
     def authorised(self) -> NoReturn:
         """Refuse: nothing is sent side by side."""

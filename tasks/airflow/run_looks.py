@@ -24,6 +24,7 @@ from typing import Any, Final
 from producers.errors import AirflowError, AirflowUnavailable, CredentialsRefused, RequestRejected
 from producers.stores.waits import Claimed, Seen
 from tasks.airflow.answers import read_instant
+from tasks.airflow.cli import CliClient
 from tasks.airflow.client import MAX_LIST, AirflowClient, RunList
 
 log = logging.getLogger("dagrelay.looks")
@@ -40,6 +41,12 @@ FEW_RUNS_LOOK_S: Final = 1.0
 ONE_RUN_LOOK_S: Final = 0.5
 """The same where no more than `FEW_RUNS`, or `FEW`, are waited for: a look at them costs Airflow next to
 nothing, and somebody may wait for just this one."""
+
+CLI_LOOK_S: Final = 10.0
+"""The same by Airflow's CLI, where a look costs 2 s of CPU for each DAG."""
+
+CLI_TIME_S: Final = 15.0
+"""How long such a look begins with another DAG."""
 
 FEW_RUNS: Final = 100
 
@@ -77,8 +84,12 @@ def look_at_runs(airflow: AirflowClient, claimed: Sequence[Claimed], now: float)
 
     Raises nothing of Airflow's: what cannot be asked is an error of the look, and no end of the waiting.
     """
-    look = _Look(airflow, now, every_s_for(len(claimed)))
     runs = [_Waited.of(one) for one in claimed]
+    if isinstance(airflow, CliClient):
+        look = _Look(airflow, now, CLI_LOOK_S)
+        look.by_dag(airflow, runs)
+        return [look.seen(run) for run in runs]
+    look = _Look(airflow, now, every_s_for(len(claimed)))
     look.list_of([run for run in runs if run.at is not None])
     look.each([run for run in runs if run not in look.states and run not in look.failed])
     return [look.seen(run) for run in runs]
@@ -145,6 +156,23 @@ class _Look:
             state = found.states.get((run.dag_id, run.run_id))
             if state is not None:
                 self.states[run] = state
+
+    def by_dag(self, airflow: CliClient, runs: list[_Waited]) -> None:
+        """Ask for the runs of one DAG after the other, as long as there is time; chance has it which."""
+        dag_ids = sorted({run.dag_id for run in runs})
+        for dag_id in random.sample(dag_ids, len(dag_ids)):
+            if time.monotonic() - self._began > CLI_TIME_S:
+                return
+            some = [run for run in runs if run.dag_id == dag_id]
+            try:
+                states = airflow.run_states(dag_id, {run.run_id: run.at for run in some})
+            except RequestRejected as exc:
+                self.failed |= dict.fromkeys(some, exc)
+            except (AirflowUnavailable, CredentialsRefused) as exc:
+                self.failed |= dict.fromkeys((one for one in runs if one not in self.states), exc)
+                return
+            else:
+                self.states |= {run: states[run.run_id] for run in some}
 
     def each(self, runs: list[_Waited]) -> None:
         """Ask for some of them one by one, as long as there is time; chance has it that each has its turn."""
