@@ -14,6 +14,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, ClassVar, Final, NoReturn
@@ -28,7 +29,7 @@ from ..contract import (
     canonical_json,
     reference_in,
 )
-from ..errors import DagRunFailed, InvalidRequest, LogicalDateTaken, RunConflict, RunExists
+from ..errors import BrokerUnavailable, DagRunFailed, InvalidRequest, LogicalDateTaken, RunConflict, RunExists
 from ..fan_out import OnError, fan_out
 from ..queues.message import task_id_for
 from ..stores import serving
@@ -236,17 +237,23 @@ class RelayTriggerDagRunOperator(RelayOperator):
         self.log.info("run %s of DAG %s: %s", run.dag_run_id, run.dag_id, run.state)
         return run.result if self.result_from else run.to_message()
 
-    def _tell(self, context: Any, target: RelayTarget, request_id: str) -> None:
-        """Say in Airflow, beside the request, which run it is; and where it is, if it comes soon."""
-        super()._tell(context, target, request_id)
-        found = _with_run(client_for(target), request_id)
-        if found is None:
-            return
-        context["ti"].xcom_push(key=RUN_ID, value=found.dag_run_id)
-        self.trigger_run_id = found.dag_run_id
-        self.triggered_url = (found.run or {}).get("url")
-        if self.triggered_url:
-            context["ti"].xcom_push(key=TRIGGERED_URL, value=self.triggered_url)
+    def _request_for(self, context: Any, target: RelayTarget, client: RelayClient) -> str:
+        """Do as before; and say in Airflow which run it is, and where it is, if it comes soon."""
+        request_id = super()._request_for(context, target, client)
+        found = _with_run(client, request_id)
+        if found is not None:
+            self.triggered_url = (found.run or {}).get("url")
+            context["ti"].xcom_push(key=RUN_ID, value=found.dag_run_id)
+            if self.triggered_url:
+                context["ti"].xcom_push(key=TRIGGERED_URL, value=self.triggered_url)
+        return request_id
+
+    def _link(self, target: RelayTarget, request_id: str) -> None:
+        super()._link(target, request_id)
+        if self.triggered_url is None:  # resumed
+            with suppress(BrokerUnavailable):
+                found = client_for(target).record(request_id)
+                self.triggered_url = ((found and found.run) or {}).get("url")
 
     def _defer(self, request_id: str) -> NoReturn:
         self.trigger_class = DagRunResultTrigger if self.result_from else DagRunTrigger

@@ -75,6 +75,8 @@ class RelayTrigger(BaseTrigger):  # type: ignore[misc]
             if state == "done" and self.end_from_trigger:
                 outcome = await waiter.outcome(self.request_id)
                 xcoms = self.xcoms(outcome) if outcome is not None else None
+                if AIRFLOW_3 and xcoms is not None:
+                    xcoms = {} if await self._pushed(xcoms) else None
         except asyncio.CancelledError:
             # Airflow 3.3 calls on_kill itself. Where the loop ends, it is the triggerer that stops.
             if not hasattr(BaseTrigger, "on_kill") and not (waiter is not None and waiter.stops):
@@ -102,6 +104,20 @@ class RelayTrigger(BaseTrigger):  # type: ignore[misc]
             if words != told:
                 told = words
                 self.log.info("request %s: %s", self.request_id, words)
+
+    async def _pushed(self, xcoms: dict[str, Any]) -> bool:
+        """Write XComs as a task does: of a TaskSuccessEvent Airflow 3.3 stores each as text, and gives that."""
+        from airflow.sdk.execution_time.xcom import XCom
+
+        ours = self.task_instance
+        about = {"dag_id": ours.dag_id, "task_id": ours.task_id, "run_id": ours.run_id}
+        try:
+            for key, value in xcoms.items():
+                await sync_to_async(XCom.set)(key=key, value=value, map_index=ours.map_index, **about)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, a worker can do it
+            self.log.warning("XComs not written here (%s: %s), a worker does it", type(exc).__name__, exc)
+            return False
+        return True
 
     async def on_kill(self) -> None:
         """Cancel the request, unless the task waits on: then another triggerer has taken this trigger over.

@@ -29,7 +29,7 @@ def as_told() -> None:
         conf = context["dag_run"].conf or {}
         tries = context["ti"].try_number
         if "until" in conf:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 900
             while not Path(conf["until"]).exists():
                 if time.monotonic() > deadline:
                     raise TimeoutError(conf["until"])
