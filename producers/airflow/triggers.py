@@ -106,7 +106,7 @@ class RelayTrigger(BaseTrigger):  # type: ignore[misc]
                 self.log.info("request %s: %s", self.request_id, words)
 
     async def _pushed(self, xcoms: dict[str, Any]) -> bool:
-        """Write XComs as a task does: of a TaskSuccessEvent Airflow 3.3 stores each as text, and gives that."""
+        """Write XComs as a task does: those of a TaskSuccessEvent Airflow 3.3 keeps, and gives, as text."""
         from airflow.sdk.execution_time.xcom import XCom
 
         ours = self.task_instance

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ COMPONENTS = {
     "2": ("api", "scheduler", "triggerer"),
     "3": ("api", "scheduler", "dag-processor", "triggerer"),
 }
+EXAMPLES = Path(__file__).parents[2] / "examples" / "dags"
+SAYS = Path(__file__).with_name("callers") / "dag_run_operators.py"
 LATER = ("cleared_later",)  # these tests start them themselves
 
 
@@ -50,7 +53,7 @@ class Rig:
         assert status == 200, (status, found)
 
     def ended(self, name: str, run_id: str = "r") -> str:
-        return str(self.airflow.wait_for_run(f"parent_{name}", run_id, 180)["state"])
+        return str(self.airflow.wait_for_run(f"parent_{name}", run_id, 300)["state"])
 
     def _path(self, name: str, run_id: str, task_id: str) -> str:
         return f"/dags/parent_{name}/dagRuns/{run_id}/taskInstances/{task_id}"
@@ -59,7 +62,7 @@ class Rig:
         return dict(self.get(self._path(name, run_id, task_id)))
 
     def until_deferred(self, name: str, run_id: str = "r") -> None:
-        until(lambda: self.task(name, run_id)["state"] == "deferred", f"{name} deferred", 90)
+        until(lambda: self.task(name, run_id)["state"] == "deferred", f"{name} deferred", 240)
 
     def xcom(self, name: str, key: str = "return_value", run_id: str = "r", **more: Any) -> Any:
         found = self.get(f"{self._path(name, run_id, more.pop('task_id', 'go'))}/xcomEntries/{key}", **more)
@@ -90,6 +93,19 @@ class Rig:
     def child(self, name: str, dag_id: str = "child") -> dict[str, Any]:
         """The one run that a parent says it has started."""
         return dict(self.get(f"/dags/{dag_id}/dagRuns/{self.xcom(name, 'trigger_run_id')}"))
+
+    def says(self) -> dict[str, Any]:
+        """What the operators make of arguments, in this Airflow's Python."""
+        done = subprocess.run(
+            [self.airflow.environment.python, str(SAYS), str(EXAMPLES)],
+            env=self.airflow.env(),
+            cwd=self.airflow.home,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return dict(json.loads(done.stdout.splitlines()[-1]))
 
     def set_task(self, name: str, state: str, run_id: str = "r") -> None:
         """Mark a task as a person does."""
@@ -162,6 +178,59 @@ def _start_all(rig: Rig) -> None:
         if name not in LATER:
             conf = {"who": "Ada", "date": "2024-05-01T00:00:00+00:00", "until": str(rig.file(name))}
             rig.start(dag_id, conf=conf)
+
+
+# Before it runs
+
+
+def test_what_cannot_work_is_refused_as_the_file_is_read_and_the_examples_are_read(rig: Rig) -> None:
+    said = rig.says()
+    assert said["import_errors"] == {}
+    assert said["right"] == ["", "", ""]
+    begins = {
+        "dag_id": "InvalidRequest: trigger_dag_id: is no DAG id",
+        "run_id": "InvalidRequest: trigger_run_id: would be refused",
+        "conf": "InvalidRequest: conf.at is of type datetime",
+        "conf_text": "InvalidRequest: conf: is text that is no JSON",
+        "conf_list": "InvalidRequest: conf: is of type list",
+        "date": "InvalidRequest: logical_date: is no date and time",
+        "connection": "InvalidRequest: connection: is no connection id",
+        "both": "InvalidRequest: reset_dag_run and skip_when_already_exists: give one",
+        "paused": "InvalidRequest: fail_when_dag_is_paused: contradicts if_paused='hold'",
+        "state": "InvalidRequest: allowed_states: has 'running'",
+        "no_wait": "InvalidRequest: result_from: needs wait_for_completion=True",
+        "beside_a_template": "InvalidRequest: window: is neither",
+        "truth": "InvalidRequest: wait_for_completion: is neither true nor false",
+    }
+    for name, words in begins.items():
+        assert said["wrong"][name].startswith(words), name
+    assert "trigger_dag" in said["wrong"]["unknown"]
+    begins = {
+        "neither": "requests: give them, or trigger_dag_id and confs",
+        "both": "requests: give them, or trigger_dag_id and confs",
+        "no_dag": "trigger_dag_id: goes with confs",
+        "second": "confs[1]: conf.a is nan",
+        "field": "requests[0]: configuration: is no argument",
+        "missing": "requests[0]: dag_id: is missing",
+        "kind": "requests: has one of type int",
+        "allowed": "allowed_failures: give a number",
+        "on_error": "on_error: give 'continue' or 'stop'",
+        "text": "requests: is text that is no JSON",
+    }
+    for name, words in begins.items():
+        assert said["wrong_many"][name].startswith(f"InvalidRequest: {words}"), name
+
+
+def test_requests_of_a_fan_out_keep_their_runs_whatever_their_order(rig: Rig) -> None:
+    pure = rig.says()["pure"]
+    assert len(set(pure["ids"])) == 4
+    assert pure["turned"] == sorted(pure["ids"])
+    assert pure["again"] == ["reuse", "clear", "clear", "clear"]
+    assert pure["cleared"] == ["clear"] * 4
+    assert pure["own"] == ["reuse", "clear"]
+    assert (pure["same"], pure["keyed"], pure["reference"]) == (True, True, "sha256:" + "0" * 64)
+    assert pure["allowed"] == [0, 3, 2, 50]
+    assert "run" not in pure["shortened"]
 
 
 # One run
@@ -324,15 +393,15 @@ def test_a_fan_out_fails_with_the_first_failures_and_may_allow_some(rig: Rig) ->
 def test_a_marked_task_stops_its_child_where_it_is_to(rig: Rig) -> None:
     rig.until_deferred("marked")
     rig.set_task("marked", "failed")
-    until(lambda: rig.child("marked")["state"] == "failed", "the child stopped", 60)
+    until(lambda: rig.child("marked")["state"] == "failed", "the child stopped", 120)
 
 
 def test_a_marked_fan_out_stops_its_children(rig: Rig) -> None:
     rig.until_deferred("fan_marked")
-    (child,) = until(lambda: rig.children("fanned_child", x=1), "the child there", 60)
+    (child,) = until(lambda: rig.children("fanned_child", x=1), "the child there", 120)
     rig.set_task("fan_marked", "success")
     way = f"/dags/fanned_child/dagRuns/{child['dag_run_id']}"
-    until(lambda: rig.get(way)["state"] == "failed", "the child stopped", 60)
+    until(lambda: rig.get(way)["state"] == "failed", "the child stopped", 120)
 
 
 def test_a_cleared_task_waits_for_the_child_that_runs(rig: Rig) -> None:
@@ -340,7 +409,7 @@ def test_a_cleared_task_waits_for_the_child_that_runs(rig: Rig) -> None:
     child = rig.xcom("cleared", "trigger_run_id")
     first = rig.xcom("cleared", "dagrelay_request_id")
     rig.clear("cleared")
-    until(lambda: _other(rig, "cleared", first), "another request", 60)
+    until(lambda: _other(rig, "cleared", first), "another request", 120)
     rig.file("cleared").touch()
     assert rig.ended("cleared") == "success"
     assert rig.xcom("cleared", "trigger_run_id") == child
@@ -352,7 +421,7 @@ def test_a_cleared_task_that_stops_its_child_has_it_run_again(rig: Rig) -> None:
     child = rig.xcom("cleared_and_stopped", "trigger_run_id")
     first = rig.xcom("cleared_and_stopped", "dagrelay_request_id")
     rig.clear("cleared_and_stopped")
-    until(lambda: _other(rig, "cleared_and_stopped", first), "another request", 60)
+    until(lambda: _other(rig, "cleared_and_stopped", first), "another request", 120)
     rig.file("cleared_and_stopped").touch()
     assert rig.ended("cleared_and_stopped") == "success"
     assert rig.xcom("cleared_and_stopped", "trigger_run_id") == child
@@ -368,7 +437,7 @@ def test_a_task_cleared_after_its_success_has_the_same_child_run_again(rig: Rig)
     assert rig.ended("cleared_later") == "success"
     child = rig.xcom("cleared_later", "trigger_run_id")
     rig.clear("cleared_later")
-    until(lambda: rig.task("cleared_later")["try_number"] == 2, "the second try", 60)
+    until(lambda: rig.task("cleared_later")["try_number"] == 2, "the second try", 120)
     assert rig.ended("cleared_later") == "success"
     assert (rig.xcom("cleared_later", "trigger_run_id"), rig.xcom("cleared_later")["tries"]) == (child, 2)
 

@@ -1,0 +1,62 @@
+"""Which run is a task instance's own, and what a stopped fan-out means for its next try, by a real Valkey."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from producers.client import RelayClient, new_task_id
+from producers.contract import TriggerRequest
+from producers.fan_out import fan_out
+from producers.stores import serving
+from producers.stores.records import record_key
+
+pytestmark = pytest.mark.integration
+
+REQUEST = TriggerRequest(dag_id="daily_sales")
+
+
+def take(relay: RelayClient, generation: str = "1") -> serving.Served:
+    return serving.take(relay.redis, "task-1", new_task_id(), generation)
+
+
+def failed(relay: RelayClient, request_id: str, **run: object) -> None:
+    """Hand a request over, and have it end as a failed run does."""
+    relay.enqueue(REQUEST, task_id=request_id)
+    fields = (
+        {"state": "failed", "run": json.dumps({"dag_run_id": "r1", **run})} if run else {"state": "failed"}
+    )
+    relay.redis.hset(record_key(request_id), mapping=fields)
+
+
+def test_a_run_that_was_made_stays_the_task_instances_own_whatever_comes_between(relay):
+    failed(relay, take(relay).request_id, created=True, cleared=False)
+    second = take(relay)
+    assert second.made == "r1"
+    failed(relay, second.request_id)  # it never came to its run
+    assert take(relay, "2").made == "r1"
+
+
+def test_a_run_that_was_only_joined_is_somebody_elses(relay):
+    failed(relay, take(relay).request_id, created=False, cleared=False)
+    assert take(relay).made is None
+
+
+def test_a_try_cut_short_before_it_handed_over_leaves_what_it_was_told_to_the_next(relay):
+    first = take(relay)
+    failed(relay, first.request_id, created=True)
+    told = [take(relay, "2") for _ in range(2)]
+    assert told[0].request_id == told[1].request_id
+    assert [(one.how, one.before, one.cleared, one.made) for one in told] == [
+        ("again", first.request_id, True, "r1")
+    ] * 2
+
+
+def test_a_fan_out_that_somebody_stopped_is_not_waited_for_by_the_next_try(relay):
+    first = take(relay)
+    fan_out([REQUEST], relay=relay, fan_out_id=first.request_id)
+    assert take(relay).how == "attached"
+    relay.handle(first.request_id).cancel()
+    found = take(relay)
+    assert (found.how, found.left, found.before) == ("again", None, first.request_id)
