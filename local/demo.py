@@ -2,6 +2,7 @@
 
     trigger_dag.delay("daily_sales", conf={...})  →  Valkey  →  a worker  →  Airflow 3  →  its answer
 
+and one DAG that starts another by our operator, in that Airflow (`examples/dags/ingest_then_analytics.py`).
 Everything is real and made for this run alone, on free ports, in a folder of its own below `.local/demo`.
 """
 
@@ -38,6 +39,11 @@ CONF: dict[str, Any] = {"region": "north", "amounts": [120.5, 79.5, 300]}
 EXPECTED = {"region": "north", "rows": 3, "total": 500.0}
 ACCEPTED_WITHIN_S = 60.0
 RUN_WITHIN_S = 120.0
+
+PARENT_ID, CHILD_ID = "ingest", "analytics"
+FILES: dict[str, Any] = {"files": ["north.csv", "south.csv", "west.csv"]}
+PUBLISHED = "3 rows, 60 in total"
+COMPONENTS = ("api", "scheduler", "dag-processor", "triggerer")
 
 
 class Clock:
@@ -102,10 +108,18 @@ def follow(airflow: Airflow, run_id: str, say: Clock) -> tuple[str, Any]:
 def run(folder: Path, supervisor: Supervisor, say: Clock, *, stay: bool) -> bool:
     """Start everything, trigger one run, follow it; return whether it did what it should."""
     logs = folder / "logs"
-    airflow = Airflow("3", home=folder / "airflow", dags=ROOT / "examples" / "dags", parallelism=2)
     valkey = Valkey(folder / "valkey")
     supervisor.start("Valkey", valkey.start)
     say(f"Valkey answers on {valkey.url}")
+    airflow = Airflow(
+        "3",
+        home=folder / "airflow",
+        dags=ROOT / "examples" / "dags",
+        parallelism=2,
+        components=COMPONENTS,
+        provider=True,
+        extra_env={"DAGRELAY_REDIS_URL": valkey.url},  # what its operators hand over to
+    )
     supervisor.start("Airflow", lambda: airflow.start(say, wait=False))
 
     flower_port, flower_user, flower_password = free_port(), "demo", secrets.token_urlsafe(9)
@@ -145,12 +159,20 @@ def run(folder: Path, supervisor: Supervisor, say: Clock, *, stay: bool) -> bool
     state, returned = follow(airflow, started.dag_run_id, say)
     ok = state == "success" and returned == EXPECTED
 
+    for dag_id in (PARENT_ID, CHILD_ID):
+        airflow.wait_for_dag(dag_id)
+    say(f'trigger_dag.delay("{PARENT_ID}", conf={FILES}, wait=True, result_from="publish")')
+    parent = trigger_dag.delay(PARENT_ID, conf=FILES, wait=True, result_from="publish").get(RUN_WITHIN_S)
+    say(f"{PARENT_ID} started {CHILD_ID} by RelayTriggerDagRunOperator, waited for it, and took its result")
+    ok = ok and parent.result == PUBLISHED
+
     print()
     print(f"  run       {started.dag_run_id}")
     print(f"  state     {state}")
     print(f"  returned  {returned}")
+    print(f"  {PARENT_ID:9} {parent.state}, {parent.result!r}")
     if not ok:
-        print(f"  expected  success, {EXPECTED}")
+        print(f"  expected  success, {EXPECTED}; {PUBLISHED!r}")
     print(f"  Flower    {flower_url}   {flower_user} / {flower_password}")
     print(f"  Airflow   {airflow.url}   {airflow.username} / {airflow.password}")
     if stay:
