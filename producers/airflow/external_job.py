@@ -178,7 +178,16 @@ def given_in(operator: Any) -> dict[str, Any]:
 
 def request_from(given: dict[str, Any]) -> PollRequest:
     """Return the request. Numbers may be text, as templates make them. Raises InvalidRequest."""
-    return poll_external_job.request(**{name: _number(name, value) for name, value in given.items()})
+    return poll_external_job.request(**{name: _number(name, _listed(given[name])) for name in given})
+
+
+def _listed(value: Any) -> Any:
+    """Return a value with lists for what mapped tasks have returned, which Airflow reads lazily."""
+    if isinstance(value, dict):
+        return {key: _listed(part) for key, part in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_listed(part) for part in value]
+    return value
 
 
 def _number(name: str, value: Any) -> Any:
