@@ -1,9 +1,9 @@
 """A training that is asked for by a message, and answers by messages.
 
 What must run: Dagrelay's workers, with the queues in their environment,
-`DAGRELAY_SERVICE_TRAINERS={"url": "amqp://user:password@rabbitmq/", "queue": "train", "reply_to": "trained"}`,
+`DAGRELAY_SERVICE_TRAINERS={"url": "amqp://user:pass@rabbitmq/", "queue": "train", "reply_to": "trained"}`,
 and a listener for the answers,
-`dagrelay listen 'amqp://user:password@rabbitmq/?queue=trained' --answers trainers`. The message has our
+`dagrelay listen 'amqp://user:pass@rabbitmq/?queue=trained' --answers trainers`. The message has our
 reference as its correlation id; an answer has the same, and is `{"state": "running", "epoch": 3}` or
 `{"state": "done", "model": {"uri": "…"}}`. SQS, Kafka and Redis streams do as well: see docs/doors.md.
 
