@@ -307,13 +307,16 @@ MOMENTS = [("launched", "1", 1), ("launched", "", 1), ("then_sent", "1", 1), ("t
 def test_workers_killed_at_any_moment_end_the_same_fan_outs_once(valkey, airflow, relay, tmp_path):
     """Each kills itself after its n-th Redis command that names something; one more ends what they left."""
     count, size = 4, 21
-    conf = {"filling": "x" * 100_000}  # nine of these are a chunk
+    conf = {"filling": "x" * 100_000}  # nine of these are a chunk, where they go by value
     draw = random.SystemRandom()
     moments = [*MOMENTS, ("fan-out", draw.choice(["1", ""]), draw.randrange(2, 24))]
     options = {"connections": {"default": airflow.conn_uri}, **QUICK}
     fans = [
         fan_out(
-            [{"dag_id": f"dag{n}", "conf": conf, "key": f"{n}-{place}"} for place in range(size)],
+            [
+                {"dag_id": f"dag{n}", "conf": conf, "conf_by": "value", "key": f"{n}-{place}"}
+                for place in range(size)
+            ],
             then=collect(str(n)).set(queue=f"host{n}"),
             relay=relay,
         )
@@ -766,7 +769,8 @@ def test_a_call_that_dies_half_way_accepts_nothing_and_leaves_nothing_for_ever(v
 
 
 def test_large_confs_come_in_smaller_chunks(valkey, relay):
-    fan = fan_out([{"dag_id": "d", "conf": {"filling": "x" * 100_000}}] * 25, relay=relay)
+    request = {"dag_id": "d", "conf": {"filling": "x" * 100_000}, "conf_by": "value"}
+    fan = fan_out([request] * 25, relay=relay)
 
     state = FanOuts(relay.redis).get(fan.id)
     assert (state.total, state.chunks) == (25, 3)

@@ -418,7 +418,8 @@ def test_five_thousand_requests_in_one_call_are_all_there(relay, server):
 
 
 def test_large_confs_in_bulk_are_cut_into_chunks_that_redis_bears(relay, server):
-    requests = [TriggerRequest("d", {"blob": "x" * (MAX_CONF_BYTES - 100)}) for _ in range(30)]
+    conf = {"blob": "x" * (MAX_CONF_BYTES - 100)}
+    requests = [TriggerRequest("d", conf, conf_by="value") for _ in range(30)]
 
     relay.enqueue_many(requests)
 

@@ -233,7 +233,7 @@ def test_a_conf_of_900_kb_arrives_intact(shared, airflow):
     text = json.dumps(conf, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
     assert 880_000 < len(text) < 920_000
 
-    said = shared.trigger({"dag_id": "echo", "conf": conf, "key": "large"})
+    said = shared.trigger({"dag_id": "echo", "conf": conf, "conf_by": "value", "key": "large"})
 
     assert said["run"]["created"]
     assert airflow.wait_for_run("echo", "relay__large")["state"] == "success"
@@ -243,7 +243,8 @@ def test_a_conf_of_900_kb_arrives_intact(shared, airflow):
 
 @only("2")
 def test_a_conf_beyond_what_airflow_2_takes_is_refused_and_the_caller_told_what_to_do(shared, airflow):
-    said = shared.trigger({"dag_id": "quiet", "key": "too-large", "conf": {"data": "x" * 990_000}})
+    conf = {"data": "x" * 990_000}
+    said = shared.trigger({"dag_id": "quiet", "key": "too-large", "conf": conf, "conf_by": "value"})
 
     assert said["error"] == "RequestRejected"
     assert "983040" in said["text"]
