@@ -102,7 +102,7 @@ def test_priority_0_is_served_first(place: Place) -> None:
 def test_a_consumer_is_cancelled_and_added_at_run_time_and_nothing_is_lost(place: Place) -> None:
     world = place.world()
     worker = world.worker(c=2, options=("-Q", "one,two"))
-    for number in range(60):
+    for number in range(150):
         world.send("note", f"a{number}", 0.1, queue="one")
     until(lambda: len(world.notes("began")) > 5)
 
@@ -110,21 +110,21 @@ def test_a_consumer_is_cancelled_and_added_at_run_time_and_nothing_is_lost(place
     time.sleep(0.5)
     until(lambda: not any(world.held().values()))
     count = len(world.notes("began"))
-    assert count < 60
+    assert count < 150
     world.send("note", "other", queue="two")
     until(lambda: world.notes("ended", "other"))
     for number in range(5):
         world.send("note", f"b{number}", queue="one")
     time.sleep(0.5)
     assert len(world.notes("began")) == count + 1
-    assert world.length("one") == 65 - count
+    assert world.length("one") == 155 - count
     assert [queue["name"] for queue in inspect(world).active_queues()["w1@test"]] == ["two"]
 
     assert "ok" in control(world, "add_consumer", "one")["w1"]
     assert "ok" in control(world, "add_consumer", "three")["w1"]
     world.send("note", "third", queue="three")
-    until(lambda: len(world.notes("ended")) == 67)
-    assert len(set(world.marks("began"))) == len(world.marks("began")) == 67
+    until(lambda: len(world.notes("ended")) == 157, 60)
+    assert len(set(world.marks("began"))) == len(world.marks("began")) == 157
     assert worker.process.alive
     for number in range(3):  # of an idle worker whose move is blocked on it
         control(world, "cancel_consumer", "one")
