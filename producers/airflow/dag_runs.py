@@ -197,8 +197,9 @@ class RelayTriggerDagRunOperator(RelayOperator):
         elif logical_date is not None:
             run_id, chosen = f"manual__{logical_date.isoformat()}", True
         else:
-            task = name_of(context, DagrelayHook(self.relay_conn_id).target.airflow_name)
-            run_id = child_run_id(task, self.trigger_dag_id, conf_digest(client.confs.keys, conf))
+            run_id = child_run_id(
+                _name(self, context), self.trigger_dag_id, conf_digest(client.confs.keys, conf)
+            )
             chosen = False
         if served.made == run_id or self.reset_dag_run or (served.before is not None and not chosen):
             if_exists = "clear"
@@ -228,8 +229,7 @@ class RelayTriggerDagRunOperator(RelayOperator):
             run = DagRun.from_message({**found.run, "state": "failed"})
         if self._waits and not self._is_good(run.state):
             with told_as_unavailable():
-                airflow_name = DagrelayHook(self.relay_conn_id).target.airflow_name
-                serving.forget(client.redis, name_of(context, airflow_name), request_id)
+                serving.forget(client.redis, _name(self, context), request_id)
             where = "failed_states" if run.state in self.failed_states else "none of the allowed_states"
             raise AirflowException(
                 f"run {run.dag_run_id!r} of DAG {run.dag_id!r} ended as {run.state}, which is in {where}"
@@ -392,13 +392,14 @@ class RelayFanOutOperator(RelayOperator):
 
     def hand_over(self, client: RelayClient, request_id: str, context: Any, served: serving.Served) -> None:
         """Hand all requests over, each for the run that is its own."""
-        task = name_of(context, DagrelayHook(self.relay_conn_id).target.airflow_name)
         before: dict[tuple[str, str], _Before] = {}
         if served.before is not None:
             with told_as_unavailable():
                 before = _runs_before(client, served.before)
         requests = with_run_ids(
-            *(task, self._given(self._defaults()), before), cleared=served.cleared, keys=client.confs.keys
+            *(_name(self, context), self._given(self._defaults()), before),
+            cleared=served.cleared,
+            keys=client.confs.keys,
         )
         fan_out(
             requests,
@@ -417,8 +418,7 @@ class RelayFanOutOperator(RelayOperator):
         bad = [(index, one) for index, one in enumerate(ended) if one.state != "done"]
         if len(bad) > allowed_of(self.allowed_failures, len(ended)):
             with told_as_unavailable():
-                airflow_name = DagrelayHook(self.relay_conn_id).target.airflow_name
-                serving.forget(client.redis, name_of(context, airflow_name), request_id)
+                serving.forget(client.redis, _name(self, context), request_id)
             raise AirflowException(failures_of(bad, len(ended), self.allowed_failures))
         if bad:
             self.log.warning("%s", failures_of(bad, len(ended), self.allowed_failures))
@@ -476,6 +476,11 @@ class RelayFanOutOperator(RelayOperator):
 
 
 # What is asked for
+
+
+def _name(operator: RelayOperator, context: Any) -> str:
+    target = operator._target or DagrelayHook(operator.relay_conn_id).target
+    return name_of(context, target.airflow_name)
 
 
 def child_run_id(task: str, dag_id: str, *asked: Any) -> str:
