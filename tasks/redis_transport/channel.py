@@ -461,6 +461,7 @@ class Feeder:
         run out, and the others, alive and busy, need time to connect and renew theirs.
         """
         if not self.closed and time.monotonic() - self.since >= self.hand.lease_s:
+            self.hand.renew()  # one that stood still would take itself for dead, and run again what runs here
             self.hand.restore_dead()
 
     def pause(self, line: Line) -> None:

@@ -26,6 +26,7 @@ from .nursery import Nursery
 # By some 20 commands the first batch is done, by 60 what it parked, by 90 all of it.
 NUMBERS = list(range(1, 40)) + sorted(drawn("numbers").sample(range(40, 90), 13))
 AT_A_TIME = 20
+END_S = 100.0  # a few on a quiet machine
 NAMESPACE = "crash"  # of app.py
 WANTED = {
     "plain a",
@@ -114,7 +115,7 @@ def test_a_worker_killed_between_any_two_commands_leaves_everything_to_the_next(
         for case in cases:
             case.log.write_text("")  # so that "ready" is the second one's word
         pids = [nursery.start(**case.order()) for case in cases]
-        until = time.monotonic() + 30
+        until = time.monotonic() + END_S
         while time.monotonic() < until and not all(case.done() for case in cases):
             time.sleep(0.1)
         codes = [nursery.end(pid, signal.SIGTERM) for pid in pids]
@@ -154,7 +155,7 @@ def test_a_worker_empties_a_full_redis_and_runs_nothing_twice(
     try:
         with pytest.raises(redis.exceptions.OutOfMemoryError):
             client.set("more", "x")
-        until = time.monotonic() + 40
+        until = time.monotonic() + END_S
         while len(notes.read_text().splitlines()) < count and time.monotonic() < until:
             time.sleep(0.1)
         ran = Counter(notes.read_text().splitlines())
@@ -167,7 +168,7 @@ def test_a_worker_empties_a_full_redis_and_runs_nothing_twice(
         assert "onnection to broker lost" not in log.read_text()
 
         client.client_kill_filter(_type="normal", skipme=True)  # they connect again
-        until = time.monotonic() + 20
+        until = time.monotonic() + END_S
         while log.read_text().count("onnected to redis") < 4 and time.monotonic() < until:
             time.sleep(0.1)
         time.sleep(0.5)

@@ -7,6 +7,8 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import inf
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from redis.exceptions import OutOfMemoryError, ReadOnlyError
 
 from local.valkey import Valkey
 from tasks.redis_transport import Keys, Lot, scripts
-from tasks.redis_transport.channel import claim
+from tasks.redis_transport.channel import Feeder, claim
 from tasks.redis_transport.hand import Hand, Line, restore
 
 KEYS = Keys("", "scripts")
@@ -272,6 +274,14 @@ def test_ten_thousand_acknowledgements_are_one_write(scene):
             scripts.ACKNOWLEDGE(scene.redis, keys, (len(numbers), *numbers, *shas))
         assert scene.redis.hlen(KEYS.held(scene.a.owner)) < 10
         assert scene.redis.hlen(KEYS.returned) == 0
+
+
+def test_a_process_that_stood_still_does_not_take_itself_for_dead(scene):
+    scene.redis.zadd(KEYS.leases, {scene.a.owner: 1})
+    held = scene.redis.hgetall(KEYS.held(scene.a.owner))
+    Feeder.restore_dead(SimpleNamespace(hand=scene.a, closed=False, since=-inf))
+    assert scene.redis.hgetall(KEYS.held(scene.a.owner)) == held
+    assert not scene.redis.exists(KEYS.held(scene.b.owner))
 
 
 def test_one_owner_whose_messages_cannot_go_back_does_not_hold_up_the_thread(scene):
