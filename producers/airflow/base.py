@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar, Final, NoReturn
 from urllib.parse import urlsplit
 
@@ -34,7 +34,7 @@ from ..errors import (
 )
 from ..stores import serving
 from ..stores.standing import Standing, look
-from .compat import AirflowException, AirflowFailException, AirflowSensorTimeout, BaseOperator
+from .compat import AirflowException, AirflowFailException, BaseOperator
 from .hook import DEFAULT_CONN_ID, DagrelayHook, RelayTarget, client_for
 from .links import FLOWER_URL, FlowerLink, flower_link
 from .triggers import RelayTrigger, words_of
@@ -75,6 +75,7 @@ class RelayOperator(BaseOperator):  # type: ignore[misc]
     operator_extra_links: ClassVar[Any] = (FlowerLink(),)
     ui_color = "#e8f0fe"
     first_wait_s: float = 0.0
+    overdue_error: type[Exception] = AirflowException
     trigger_class: type[RelayTrigger] = RelayTrigger
     """Its `xcoms` must make of an outcome what `outcome` returns."""
 
@@ -96,6 +97,7 @@ class RelayOperator(BaseOperator):  # type: ignore[misc]
         self._request_id: str | None = None
         self._target: RelayTarget | None = None
         self._killed = False
+        self._began_at: datetime | None = None
 
     # What each operator says of its work
 
@@ -114,6 +116,7 @@ class RelayOperator(BaseOperator):  # type: ignore[misc]
 
     def execute(self, context: Any) -> Any:
         """Hand over, or find what an earlier try has handed over; then wait for it."""
+        self._began_at = context["ti"].start_date
         with self._told():
             target, client = self._reach()
             request_id = self._request_for(context, target, client)
@@ -144,6 +147,7 @@ class RelayOperator(BaseOperator):  # type: ignore[misc]
         """
         if next_method != "__fail__":
             return super().resume_execution(next_method, next_kwargs, context)
+        self._began_at = context["ti"].start_date
         words = str((next_kwargs or {}).get("error", ""))
         with self._told():
             target, client = self._reach()
@@ -239,8 +243,11 @@ class RelayOperator(BaseOperator):  # type: ignore[misc]
         raise AssertionError  # defer() never returns
 
     def _left_s(self) -> float:
-        """Return for how long the end may still be waited for; Airflow itself sees to `execution_timeout`."""
-        return float("inf")
+        """Return for how long the end may still be waited for.
+
+        That is what is left of `execution_timeout`, to which Airflow 3 does not hold a deferred task.
+        """
+        return left_of(self.execution_timeout, self._began_at)
 
     def _may_end_in_triggerer(self) -> bool:
         if not self.end_from_trigger or not self.do_xcom_push or self.outlets or self.on_success_callback:
@@ -252,7 +259,7 @@ class RelayOperator(BaseOperator):  # type: ignore[misc]
         with self._told():
             if not self._wait_for_end(client, request_id, self._left_s()):
                 self.on_kill()
-                raise AirflowSensorTimeout(f"request {request_id} has not ended in time")
+                raise self.overdue_error(f"request {request_id} has not ended in time")
             return self._end(context, target, client, request_id)
 
     def _wait_for_end(self, client: RelayClient, request_id: str, at_most_s: float = float("inf")) -> bool:
@@ -319,6 +326,14 @@ def generation_of(context: Any) -> str:
     """
     began = getattr(context.get("dag_run"), "start_date", None)
     return f"{context['ti'].max_tries} {began.timestamp() if began else ''}"
+
+
+def left_of(timeout: timedelta | None, began_at: datetime | None) -> float:
+    """Return how many seconds are left of a time, at least 1: that it is over is for Airflow to say."""
+    if timeout is None:
+        return float("inf")
+    waited = datetime.now(UTC) - began_at if began_at else timedelta()
+    return max(1.0, (timeout - waited).total_seconds())
 
 
 def asked_by(context: Any) -> str:

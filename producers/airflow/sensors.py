@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any, ClassVar, Final, Literal
 
 from ..client import RelayClient
 from ..errors import BrokerUnavailable, InvalidRequest
 from ..stores.serving import Served
-from .base import RelayOperator, asked_by
+from .base import RelayOperator, asked_by, left_of
 from .compat import AirflowException, AirflowSensorTimeout, AirflowSkipException, BaseSensorOperator
 from .external_job import ExternalJobTrigger, check_when_read, given_in, request_from, take_outcome
 from .hook import RelayTarget
@@ -46,6 +46,7 @@ class ExternalJobSensor(RelayOperator, BaseSensorOperator):  # type: ignore[misc
     template_fields_renderers: ClassVar[dict[str, str]] = dict.fromkeys(("body", "headers", "query"), "json")
     ui_color = "#e6f1f2"
     trigger_class = ExternalJobTrigger
+    overdue_error = AirflowSensorTimeout
 
     def __init__(
         self,
@@ -101,7 +102,6 @@ class ExternalJobSensor(RelayOperator, BaseSensorOperator):  # type: ignore[misc
         self.max_errors = max_errors
         self.wake_keys = wake_keys
         self.on_end = on_end
-        self._began_at: datetime | None = None
         given = {name: value for name, value in given_in(self).items() if name != "method"}
         if request_id is None:
             if "service" not in given:
@@ -118,13 +118,11 @@ class ExternalJobSensor(RelayOperator, BaseSensorOperator):  # type: ignore[misc
 
     def execute(self, context: Any) -> Any:
         """Wait for the end."""
-        self._began_at = context["ti"].start_date
         with self._skipping():
             return super().execute(context)
 
     def resume_execution(self, next_method: str, next_kwargs: dict[str, Any] | None, context: Any) -> Any:
         """Go on after the wait."""
-        self._began_at = context["ti"].start_date
         over = next_method == "__fail__" and "timeout" in str((next_kwargs or {}).get("error", "")).lower()
         with self._skipping():
             try:
@@ -169,5 +167,4 @@ class ExternalJobSensor(RelayOperator, BaseSensorOperator):  # type: ignore[misc
         return self.request_id or super()._served_by(context, target, client)
 
     def _left_s(self) -> float:
-        waited = datetime.now(UTC) - self._began_at if self._began_at else timedelta()
-        return max(1.0, float(self.timeout) - waited.total_seconds())
+        return min(super()._left_s(), left_of(timedelta(seconds=self.timeout), self._began_at))
