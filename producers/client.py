@@ -39,7 +39,7 @@ from .desk import Desk
 from .errors import BrokerUnavailable, ConfGone, ConfigurationError, DagrelayError, InvalidRequest
 from .handle import Handle
 from .settings import ProducerSettings, read_conf, read_settings
-from .stores.claim_check import ClaimChecks, ConfKeys, ConfRules
+from .stores.claim_check import ClaimChecks, ConfKeys, ConfRules, upload
 from .stores.envelope import PRIORITY_SEPARATOR, PRIORITY_STEPS, item_of
 from .stores.heard import heard
 from .stores.records import Accepted, Record, Records
@@ -110,10 +110,13 @@ class RelayClient:
                 item = self.item(request)
                 handles.append(Handle(item.task_id, item.dag_run_id or None, self))
                 references.append(item.reference)
-                yield item
+                with told_as_unavailable():
+                    upload(self.redis, item.conf)
+                yield item._replace(conf=None)  # so that not all of them lie in memory
 
+        batch = self.records.batch(items())
         with told_as_unavailable():
-            answers = self.records.batch(items()).execute()[1:]
+            answers = batch.execute()[1:]
         gone = b"".join(answers).find(b"2")
         if gone >= 0:
             raise ConfGone(references[gone])

@@ -132,6 +132,16 @@ def test_a_conf_that_came_again_while_it_was_to_expire_is_kept_again(relay):
     assert (ttl(relay), holders(relay)) == (-1, {handle.id})
 
 
+def test_what_a_callers_own_requests_raise_is_told_as_it_is(relay):
+    def requests() -> Iterator[TriggerRequest]:
+        yield TriggerRequest("d", LARGE)
+        raise FileNotFoundError("the caller's file")
+
+    with pytest.raises(FileNotFoundError):
+        relay.enqueue_many(requests())
+    assert not relay.redis.keys("dagrelay:record:*")
+
+
 def test_the_same_call_twice_is_one_request_and_holds_once(relay):
     for _ in range(2):
         relay.enqueue(TriggerRequest("d", LARGE), task_id="t1")

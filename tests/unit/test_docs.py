@@ -9,11 +9,18 @@ from pathlib import Path
 from producers.gateway.settings import PREFIX, GatewaySettings
 
 ROOT = Path(__file__).resolve().parents[2]
-README, RUNNING, METRICS, DOORS, MESSAGES = (
+README, RUNNING, METRICS, DOORS, MESSAGES, CONFS = (
     ROOT / name
-    for name in ("README.md", "docs/running.md", "docs/metrics.md", "docs/doors.md", "docs/messages.md")
+    for name in (
+        "README.md",
+        "docs/running.md",
+        "docs/metrics.md",
+        "docs/doors.md",
+        "docs/messages.md",
+        "docs/claim-check.md",
+    )
 )
-PAGES = (README, RUNNING, METRICS, DOORS, MESSAGES)
+PAGES = (README, RUNNING, METRICS, DOORS, MESSAGES, CONFS)
 _PREFIXES = {"DAGRELAY_FLOWER", "DAGRELAY_GATEWAY"}
 _NOT_SETTINGS = {f"{PREFIX}PRODUCER", f"{PREFIX}ENVIRON"}
 VARIABLE = re.compile(r"DAGRELAY_[A-Z_]*[A-Z]")
