@@ -3,7 +3,7 @@
 ============================== ===========================================================================
 key                            what
 ============================== ===========================================================================
-``dagrelay:airflow:<task>``    hash: `request`, the id of the request that serves it; `generation`, which
+``dagrelay:serves:<task>``     hash: `request`, the id of the request that serves it; `generation`, which
                                changes when somebody clears the task instance, and not when it is retried;
                                `before`, `cleared`, `made`: see `Served`; `forgotten`, the id of a request
                                whose outcome was not good enough
@@ -84,7 +84,7 @@ class Served:
 
 def serving_key(task: str) -> str:
     """Return the Redis key for a task instance, by the name that its operator gives it."""
-    return f"dagrelay:airflow:{task}"
+    return f"dagrelay:serves:{task}"
 
 
 def take(client: Redis, task: str, new_id: str, generation: str) -> Served:
