@@ -30,6 +30,11 @@ except ImportError:
 
     AIRFLOW_3 = False
 
+try:
+    from airflow.sdk.log import mask_secret
+except ImportError:  # Airflow 2, and 3.0
+    from airflow.utils.log.secrets_masker import mask_secret
+
 __all__ = [
     "AIRFLOW_3",
     "AirflowException",
@@ -41,5 +46,6 @@ __all__ = [
     "BaseOperator",
     "BaseOperatorLink",
     "BaseSensorOperator",
+    "mask_secret",
     "parse_datetime",
 ]

@@ -20,9 +20,9 @@ def relay_conf(
             conf = relay_conf()
 
     A small conf is in the run, and returned as it is. A large one is in the run as a reference, and is
-    fetched from Dagrelay's Redis, by the Airflow connection `relay_conn_id` or, where there is none, by what the
-    environment says. `context` is that of the running task, unless it is given. To hand a conf on to another
-    DAG as it came, `context["dag_run"].conf` will do, which never fetches it.
+    fetched from Dagrelay's Redis, by the Airflow connection `relay_conn_id` or, where there is none, by what
+    the environment says. `context` is that of the running task, unless it is given. To hand a conf on to
+    another DAG as it came, `context["dag_run"].conf` will do, which never fetches it.
 
     Raises ConfGone where the conf has expired, ConfKeyMissing where it was sealed by a key that is not set
     here, and BrokerUnavailable, after which the task may be tried again.

@@ -6,9 +6,9 @@ An Airflow connection of type ``dagrelay``, by default `dagrelay_default`::
 
 Host, port, login and password are those of Redis, the schema is the number of its database. Extras:
 ``ssl`` (true: TLS), ``redis_url`` (a whole Redis URL instead of all these), ``conf_key`` (what confs are
-sealed with, as `DAGRELAY_CONF_KEY`), ``conf_limit_bytes`` (as `DAGRELAY_CONF_LIMIT_BYTES`), ``flower_url``
-(for the links to tasks), ``airflow_name`` (what this Airflow is called, where several share one Redis;
-default: its address).
+sealed with; default: `DAGRELAY_CONF_KEY`), ``conf_limit_bytes`` (default: `DAGRELAY_CONF_LIMIT_BYTES`),
+``flower_url`` (for the links to tasks), ``airflow_name`` (what this Airflow is called, where several share
+one Redis; default: its address).
 
 Where there is no connection `dagrelay_default`, the environment counts, as for every producer:
 `DAGRELAY_REDIS_URL` and its like.
@@ -17,15 +17,16 @@ Where there is no connection `dagrelay_default`, the environment counts, as for 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import quote
+from urllib.parse import quote, unquote, urlsplit
 
 from ..errors import ConfigurationError
-from ..settings import ProducerSettings, read_settings
-from .compat import AIRFLOW_3, AirflowNotFoundException, BaseHook
+from ..settings import CONF_KEY, CONF_LIMIT, ProducerSettings, read_settings
+from .compat import AIRFLOW_3, AirflowNotFoundException, BaseHook, mask_secret
 from .provider import form_behaviour, form_widgets
 
 if TYPE_CHECKING:
@@ -63,7 +64,12 @@ class DagrelayHook(BaseHook):  # type: ignore[misc]
             connection = self.get_connection(self.relay_conn_id)
         except AirflowNotFoundException:
             return _from_environment(self.relay_conn_id)
-        return target_of(connection, self.relay_conn_id)
+        target = target_of(connection, self.relay_conn_id)
+        # Airflow hides the password by itself, and knows nothing of what our extras hold.
+        for secret in (*target.settings.conf_key.split(","), urlsplit(target.settings.redis_url).password):
+            if secret:
+                mask_secret(unquote(secret))
+        return target
 
     async def atarget(self) -> RelayTarget:
         """Do as `target` does, within an event loop."""
@@ -143,14 +149,11 @@ def target_of(connection: Any, conn_id: str) -> RelayTarget:
         mistakes.append(f"is of type {connection.conn_type!r}, not dagrelay")
     texts = {name: _text(extra.get(name)) for name in EXTRAS}
     url = texts["redis_url"] or _url_of(connection, texts["ssl"], mistakes)
-    environ = {
-        variable: texts[name]
-        for name, variable in (
-            ("conf_key", "DAGRELAY_CONF_KEY"),
-            ("conf_limit_bytes", "DAGRELAY_CONF_LIMIT_BYTES"),
-        )
-        if texts[name]
-    }
+    environ = dict(os.environ)
+    for name, variable in (("conf_key", CONF_KEY), ("conf_limit_bytes", CONF_LIMIT)):
+        if texts[name]:
+            environ.pop(f"{variable}_FILE", None)
+            environ[variable] = texts[name]
     settings = None
     if not mistakes:
         try:

@@ -154,6 +154,19 @@ def test_all_that_the_metadata_names_is_there(airflow):
     assert "producers.airflow.operators" in said["modules"]  # each was imported
 
 
+def test_a_connection_says_where_redis_is_and_the_environment_what_it_leaves_out(airflow):
+    said = airflow.says("connection")
+
+    assert said["north"] == ["redis://af:p%2F4@redis:6379/0", "https://flower", "north", 7]
+    assert said["keys"] == [True, True]  # that of the environment, and the connection's own
+    assert said["south"] == "rediss://af:s3cret%2Fpass@redis:7/2"
+    wrong, nowhere = said["wrong"]
+    assert "'flower' is no extra of it" in wrong
+    assert "is of type 'http', not dagrelay" in wrong
+    assert "relay_conn_id: Airflow has no connection 'nowhere'" in nowhere
+    assert said["masked"] == "*** ***"
+
+
 def test_the_form_of_a_connection_shows_its_fields(airflow):
     if airflow.airflow.version == "2":
         page = form_of_airflow_2(airflow.airflow)

@@ -1,6 +1,7 @@
 """Run by Airflow's Python, with our wheel beside it: says as JSON what Airflow makes of our provider.
 
 `metadata`: what it lists. `parse`: what a DAG file with our operators loads that Airflow had not loaded.
+`connection`: what is made of an Airflow connection, beside what the environment says.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from importlib import import_module
+from os import environ
 from typing import Any
 
 
@@ -48,5 +50,48 @@ def parse() -> list[str]:
     return sorted(set(sys.modules) - before)
 
 
+def connection() -> dict[str, Any]:
+    from producers.airflow.hook import DagrelayHook
+
+    environ["DAGRELAY_CONF_KEY"] = KEY
+    extra = {"flower_url": "https://flower/", "airflow_name": "north", "conf_limit_bytes": 7}
+    own = {"conn_type": "dagrelay", "host": "redis", "login": "af", "password": "p/4", "extra": extra}
+    environ["AIRFLOW_CONN_NORTH"] = json.dumps(own)
+    extra = {"redis_url": "rediss://af:s3cret%2Fpass@redis:7/2", "conf_key": OTHER_KEY}
+    environ["AIRFLOW_CONN_SOUTH"] = json.dumps({"conn_type": "dagrelay", "extra": extra})
+    environ["AIRFLOW_CONN_WRONG"] = json.dumps({"conn_type": "http", "extra": {"flower": "x"}})
+    north, south = (DagrelayHook(name).target for name in ("north", "south"))
+    wrong = []
+    for name in ("wrong", "nowhere"):
+        try:
+            DagrelayHook(name).target  # noqa: B018 - it is what raises
+        except Exception as exc:  # noqa: BLE001
+            wrong.append(f"{type(exc).__name__}: {exc}")
+    return {
+        "north": [
+            north.settings.redis_url,
+            north.flower_url,
+            north.airflow_name,
+            north.settings.conf_limit_bytes,
+        ],
+        "keys": [north.settings.conf_key == KEY, south.settings.conf_key == OTHER_KEY],
+        "south": south.settings.redis_url,
+        "wrong": wrong,
+        "masked": redact(f"{OTHER_KEY} s3cret/pass"),
+    }
+
+
+def redact(text: str) -> str:
+    try:
+        from airflow.sdk._shared.secrets_masker import redact as hide
+    except ImportError:  # Airflow 2
+        from airflow.utils.log.secrets_masker import redact as hide
+    return str(hide(text))
+
+
+KEY = "a2V5LWtleS1rZXkta2V5LWtleS1rZXkta2V5LWtleTE="
+OTHER_KEY = "a2V5LWtleS1rZXkta2V5LWtleS1rZXkta2V5LWtleTI="
+
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps({"metadata": metadata, "parse": parse}[sys.argv[1]]()) + "\n")
+    said = {"metadata": metadata, "parse": parse, "connection": connection}[sys.argv[1]]()
+    sys.stdout.write(json.dumps(said) + "\n")
