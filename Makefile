@@ -136,9 +136,13 @@ messages: $(READY)  ## write docs/messages.schema.json and docs/asyncapi.json an
 	@exec $(PY) -m producers.message_docs docs
 
 lock: $(READY)  ## write the locks anew from pyproject.toml, keeping versions ([ARGS=--upgrade])
-	$(COMPILE) --all-extras --group dev pyproject.toml -o requirements.lock $(ARGS)
+	$(COMPILE) $(addprefix --extra ,$(EXTRAS)) --group dev pyproject.toml -o requirements.lock $(ARGS)
 	$(COMPILE) --extra worker --extra flower --extra gateway --extra queues -c requirements.lock pyproject.toml -o requirements-worker.lock
 	awk '/^[^ ]/ {uv = /^uv==/} uv' requirements.lock > local/bootstrap.lock
+	$(PY) -m local.provider
+
+# All but `airflow`: an Airflow is an environment of its own, with a lock of its own.
+EXTRAS = worker flower otel gateway queues crypto local
 
 COMPILE = $(PY) -m uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
 

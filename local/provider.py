@@ -7,8 +7,8 @@ The wheel is built from the tree, once for each content of `producers/`; what it
 from the lock beside this file, once. Airflow's own environment is left as it is: it finds entry points on
 PYTHONPATH too. About 3 s the first time, 1 s for another tree, 0.1 s when nothing has changed.
 
-Our own environment holds no Airflow. Code that imports it is tested by a script in Airflow's environment: the
-fixture `in_airflow` of tests/system/conftest.py.
+Our own environment holds no Airflow. Code that imports it is tested by a script in Airflow's environment:
+tests/system/callers/in_airflow.py, as tests/system/test_provider.py runs it.
 """
 
 from __future__ import annotations
