@@ -9,7 +9,7 @@ from pathlib import Path
 from producers.gateway.settings import PREFIX, GatewaySettings
 
 ROOT = Path(__file__).resolve().parents[2]
-README, RUNNING, METRICS, DOORS, MESSAGES, CONFS = (
+README, RUNNING, METRICS, DOORS, MESSAGES, CONFS, TASKS, AIRFLOW = (
     ROOT / name
     for name in (
         "README.md",
@@ -18,10 +18,12 @@ README, RUNNING, METRICS, DOORS, MESSAGES, CONFS = (
         "docs/doors.md",
         "docs/messages.md",
         "docs/claim-check.md",
+        "docs/task-state.md",
+        "docs/airflow.md",
     )
 )
-PAGES = (README, RUNNING, METRICS, DOORS, MESSAGES, CONFS)
-_PREFIXES = {"DAGRELAY_FLOWER", "DAGRELAY_GATEWAY"}
+PAGES = (README, RUNNING, METRICS, DOORS, MESSAGES, CONFS, TASKS, AIRFLOW)
+_PREFIXES = {"DAGRELAY_FLOWER", "DAGRELAY_GATEWAY", "DAGRELAY_PLUGIN"}
 _NOT_SETTINGS = {f"{PREFIX}PRODUCER", f"{PREFIX}ENVIRON"}
 VARIABLE = re.compile(r"DAGRELAY_[A-Z_]*[A-Z]")
 
