@@ -66,7 +66,7 @@ parent("marked", conf={"until": FILE}, stop_run=True, **WAIT)
 parent("cleared", conf={"until": FILE}, result_from="say", **WAIT)
 parent("cleared_and_stopped", conf={"until": FILE}, result_from="say", stop_run=True, **WAIT)
 parent("cleared_later", conf={"n": "{{ dag_run.conf['n'] }}"}, result_from="say", **WAIT)
-parent("through_kills", conf={"until": FILE}, result_from="say", **WAIT)
+parent("through_kills", trigger_dag_id="paused_child", result_from="say", **WAIT)
 
 FANNED = {"trigger_dag_id": "fanned_child", "result_from": "say"}
 parent(
