@@ -55,6 +55,7 @@ COMPONENTS: dict[Version, tuple[str, ...]] = {
 }
 """What runs unless the caller says otherwise. "triggerer" may be added: only deferrable operators need it."""
 
+READ_AGAIN_S = "10"  # of a DAG file; one that has changed is read at once. Every 2 s took a fifth of a core.
 INSTALL_TIMEOUT_S = 600.0
 MIGRATE_TIMEOUT_S = 180.0
 START_TIMEOUT_S = 120.0  # 7 s on a quiet machine, 16 s on a busy one
@@ -492,7 +493,7 @@ class Airflow:
                 "AIRFLOW__API__WORKERS": "1",
                 "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "1",
                 "AIRFLOW__DAG_PROCESSOR__BUNDLE_REFRESH_CHECK_INTERVAL": "1",
-                "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "2",
+                "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": READ_AGAIN_S,
                 "AIRFLOW__DAG_PROCESSOR__STALE_DAG_THRESHOLD": "3",
             }
         else:
@@ -507,7 +508,7 @@ class Airflow:
                 "AIRFLOW__WEBSERVER__SECRET_KEY": given["secret_key"],
                 "AIRFLOW__WEBSERVER__WORKERS": "1",
                 "AIRFLOW__SCHEDULER__DAG_DIR_LIST_INTERVAL": "1",
-                "AIRFLOW__SCHEDULER__MIN_FILE_PROCESS_INTERVAL": "2",
+                "AIRFLOW__SCHEDULER__MIN_FILE_PROCESS_INTERVAL": READ_AGAIN_S,
                 "AIRFLOW__SCHEDULER__PARSING_CLEANUP_INTERVAL": "2",
                 "AIRFLOW__SCHEDULER__STALE_DAG_THRESHOLD": "3",
                 "AIRFLOW__CORE__MIN_SERIALIZED_DAG_UPDATE_INTERVAL": "0",

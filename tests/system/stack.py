@@ -31,11 +31,6 @@ CALLER_NAME = "shop@till-3"
 # Waits of a worker in these tests, so that an outage of a second costs seconds.
 QUICK = {"DAGRELAY_RETRY_CAP_S": "3", "DAGRELAY_MISSING_GRACE_S": "3", "DAGRELAY_HOLD_PROBE_S": "3"}
 
-READ_AGAIN = (
-    "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL",
-    "AIRFLOW__SCHEDULER__MIN_FILE_PROCESS_INTERVAL",  # of 2
-)
-
 T = TypeVar("T")
 
 
@@ -68,8 +63,6 @@ class AirflowUnderTest(Airflow):
 
     def __init__(self, version: Any, folder: Path, **options: Any) -> None:
         shutil.copytree(DAGS, folder / "dags", ignore=shutil.ignore_patterns("__pycache__"))
-        # Files are read when they change; besides, every 10 s and not every 2, which takes a fifth of a core.
-        options["extra_env"] = dict.fromkeys(READ_AGAIN, "10") | options.get("extra_env", {})
         super().__init__(version, home=folder / "home", dags=folder / "dags", **options)
 
     def wait_until_read(self, timeout_s: float = 60.0) -> None:
