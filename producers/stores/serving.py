@@ -5,8 +5,8 @@ key                            what
 ============================== ===========================================================================
 ``dagrelay:serves:<task>``     hash: `request`, the id of the request that serves it; `generation`, which
                                changes when somebody clears the task instance, and not when it is retried;
-                               `before`, `cleared`, `made`: see `Served`; `forgotten`, the id of a request
-                               whose outcome was not good enough
+                               `before`, `cleared`, `made`, `left`: see `Served`; `forgotten`, the id of a
+                               request whose outcome was not good enough
 ============================== ===========================================================================
 """
 
@@ -27,8 +27,9 @@ SERVED_FOR_S: Final = int(MAX_WAIT_S) + KEEP_S
 # Returns the id of the request that serves it from now on, how, one that is left and still goes on, the one
 # before, whether a clear lies between the two ('1'), and the run that one of them has made.
 TAKE: Final = Script("""
-local known = redis.call('HMGET', KEYS[1], 'request', 'generation', 'forgotten', 'before', 'cleared', 'made')
-for part = 4, 6 do known[part] = known[part] or '' end
+local known = redis.call('HMGET', KEYS[1],
+  'request', 'generation', 'forgotten', 'before', 'cleared', 'made', 'left')
+for part = 4, 7 do known[part] = known[part] or '' end
 if not known[1] then
   redis.call('HSET', KEYS[1], 'request', ARGV[1], 'generation', ARGV[2])
   redis.call('EXPIRE', KEYS[1], ARGV[3])
@@ -43,16 +44,22 @@ local over = state == 'failed' or state == 'cancelled' or (cancelled and state ~
 if known[2] == ARGV[2] and not over then
   redis.call('EXPIRE', KEYS[1], ARGV[3])
   local how = state and 'attached' or known[4] ~= '' and 'again' or 'first'
-  return {known[1], how, '', known[4], known[5], known[6]}
+  return {known[1], how, state and '' or known[7], known[4], known[5], known[6]}
 end
 local cleared = known[2] ~= ARGV[2] and '1' or ''
-local left = (state and not over and state ~= 'done') and known[1] or ''
+local left, before = '', known[1]
+if state then
+  if not over and state ~= 'done' then left = known[1] end
+else  -- its try was cut short before it handed over, and maybe before it cancelled what was left
+  left = known[7]
+  if known[4] ~= '' then before = known[4] end
+end
 local run = record[3] and cjson.decode(record[3])
 if type(run) == 'table' and (run.created == true or run.cleared == true) then known[6] = run.dag_run_id end
-redis.call('HSET', KEYS[1], 'request', ARGV[1], 'generation', ARGV[2], 'before', known[1],
-  'cleared', cleared, 'made', known[6])
+redis.call('HSET', KEYS[1], 'request', ARGV[1], 'generation', ARGV[2], 'before', before,
+  'cleared', cleared, 'made', known[6], 'left', left)
 redis.call('EXPIRE', KEYS[1], ARGV[3])
-return {ARGV[1], 'again', left, known[1], cleared, known[6]}
+return {ARGV[1], 'again', left, before, cleared, known[6]}
 """)
 
 # Only where it is still that request's: a cleared task instance may be served by another already.
@@ -73,9 +80,10 @@ class Served:
     goes on or has ended well, and that try did not come to take its outcome. ``again``: one before has ended,
     or belongs to a generation that somebody cleared."""
     left: str | None
-    """The request of a cleared generation that still goes on, and is to be cancelled."""
+    """The request of a cleared generation that still goes on, and is to be cancelled; told until the one that
+    follows is accepted."""
     before: str | None = None
-    """The request before this one."""
+    """The request before this one, of those that were accepted."""
     cleared: bool = False
     """Whether somebody cleared the task instance between those two: then all of it is to be done anew."""
     made: str | None = None

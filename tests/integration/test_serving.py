@@ -70,6 +70,16 @@ def test_a_generation_that_follows_leaves_the_request_of_the_one_before(relay):
     assert serving.serves(relay.redis, "task-1") == found.request_id
 
 
+def test_what_is_left_is_told_until_it_is_replaced_whatever_becomes_of_the_try_that_heard_of_it(relay):
+    first = take(relay)
+    relay.enqueue(REQUEST, task_id=first.request_id)
+    for generation in ("2", "2", "3"):  # each cut short before it cancelled anything
+        found = take(relay, generation)
+        assert (found.left, found.before, found.cleared) == (first.request_id, first.request_id, True)
+    relay.enqueue(REQUEST, task_id=found.request_id)
+    assert take(relay, "3").left is None
+
+
 def test_what_ended_well_and_was_not_good_enough_is_not_found_again(relay):
     first = take(relay)
     relay.enqueue(REQUEST, task_id=first.request_id)
@@ -77,6 +87,16 @@ def test_what_ended_well_and_was_not_good_enough_is_not_found_again(relay):
     serving.forget(relay.redis, "task-1", first.request_id)
     assert take(relay).request_id != first.request_id
     assert serving.serves(relay.redis, "task-2") is None
+
+
+def test_a_try_that_was_ended_before_it_handed_over_leaves_no_id_that_is_cancelled_already(relay):
+    first = take(relay)
+    assert relay.handle(first.request_id).cancel() == "unknown"
+    serving.forget(relay.redis, "task-1", first.request_id)
+    found = take(relay)
+    assert found.request_id != first.request_id
+    assert found.left is None
+    assert take(relay).request_id == found.request_id
 
 
 # How triggers wait
