@@ -96,6 +96,7 @@ class RelayOperator(BaseOperator):  # type: ignore[misc]
         self.flower_link: str | None = None
         self._request_id: str | None = None
         self._target: RelayTarget | None = None
+        self._task_name = ""
         self._killed = False
         self._began_at: datetime | None = None
 
@@ -173,6 +174,9 @@ class RelayOperator(BaseOperator):  # type: ignore[misc]
         client = RelayClient(self._target.settings)
         try:
             state = client.handle(self._request_id).cancel()
+            if state == "unknown":  # not handed over yet; and under this id it would be cancelled at once
+                with told_as_unavailable():
+                    serving.forget(client.redis, self._task_name, self._request_id)
         except BrokerUnavailable as exc:
             self.log.error("request %s could not be cancelled: %s", self._request_id, exc)
         else:
@@ -191,10 +195,9 @@ class RelayOperator(BaseOperator):  # type: ignore[misc]
 
     def _request_for(self, context: Any, target: RelayTarget, client: RelayClient) -> str:
         """Return the id of the request that serves this task instance, handed over if it was not before."""
+        self._task_name = name_of(context, target.airflow_name)
         with told_as_unavailable():
-            served = serving.take(
-                client.redis, name_of(context, target.airflow_name), new_task_id(), generation_of(context)
-            )
+            served = serving.take(client.redis, self._task_name, new_task_id(), generation_of(context))
         self._request_id = served.request_id
         if served.left is not None:
             self.log.info("the task was cleared: request %s is cancelled", served.left)
