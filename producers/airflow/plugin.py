@@ -1,6 +1,8 @@
 """The plug-in: the TCP door beside the component that `DAGRELAY_PLUGIN_COMPONENT` names; off by default.
 
-Every process of an Airflow loads this module, each task's own among them, so it imports next to nothing.
+Every process of an Airflow loads this module, each task's own among them, so it imports next to nothing. Only
+the components that fork a process for each task, or for each DAG file that is read, import our operators as
+they start: a fork has them then, where it would take 0.1 s of CPU each time.
 """
 
 from __future__ import annotations
@@ -8,7 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import Any
+from importlib import import_module
+from typing import Any, ClassVar, Final
 
 from airflow.listeners import hookimpl
 from airflow.plugins_manager import AirflowPlugin
@@ -16,6 +19,23 @@ from airflow.plugins_manager import AirflowPlugin
 from .door import COMPONENT, COMPONENTS, Door, component_of
 
 log = logging.getLogger(__name__)
+
+
+FORKING: Final = ("scheduler", "dag-processor")
+
+
+class Preload:
+    """Imports what forks of this process need. Raises nothing."""
+
+    @hookimpl  # type: ignore[untyped-decorator]
+    def on_starting(self, component: Any) -> None:
+        """Import our operators, where this process forks those that run or read them."""
+        if component_of(sys.argv) not in FORKING:
+            return
+        try:
+            import_module("producers.airflow.operators")
+        except Exception as exc:  # noqa: BLE001 - whoever needs them hears of it
+            log.warning("our operators cannot be imported (%s: %s)", type(exc).__name__, exc)
 
 
 class DoorListener:
@@ -48,7 +68,7 @@ class DoorListener:
 
 
 class DagrelayPlugin(AirflowPlugin):  # type: ignore[misc]
-    """Registers nothing where no component is named."""
+    """Registers no door where no component is named."""
 
     name = "dagrelay"
-    listeners = [DoorListener()] if os.environ.get(COMPONENT) else []
+    listeners: ClassVar = [Preload(), *([DoorListener()] if os.environ.get(COMPONENT) else [])]

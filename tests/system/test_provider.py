@@ -28,6 +28,28 @@ EXTRAS = ["airflow_name", "conf_key", "conf_limit_bytes", "flower_url", "redis_u
 HEAVY = {"aiohttp", "boto3", "celery", "fastapi", "httpx", "kombu", "requests", "starlette", "uvicorn"}
 
 
+PRELOADED = """
+import sys
+
+found = "producers.airflow.operators" in sys.modules
+try:
+    from airflow.sdk import dag, task
+except ImportError:
+    from airflow.decorators import dag, task
+
+@dag(dag_id="preloaded", schedule=None, catchup=False)
+def preloaded():
+    @task
+    def say():
+        if not found:
+            raise ValueError("this process has to import our operators itself")
+
+    say()
+
+preloaded()
+"""
+
+
 class Rig:
     """One Airflow with our wheel, whose scheduler has the door beside it; and a Valkey."""
 
@@ -75,14 +97,14 @@ class Rig:
         pids = [pid for part in self.airflow.processes.values() for pid in below(part.pid)]
         return [pid for pid in pids if b"producers.airflow.door" in _read(pid)]
 
-    def run(self, run_id: str) -> str:
-        """Start the DAG `echo` and wait for its end."""
+    def run(self, run_id: str, dag_id: str = "echo") -> str:
+        """Start a DAG and wait for its end."""
         body: dict[str, Any] = {"dag_run_id": run_id}
         if self.airflow.version == "3":
             body["logical_date"] = None
-        status, found = self.airflow.api("POST", "/dags/echo/dagRuns", body)
+        status, found = self.airflow.api("POST", f"/dags/{dag_id}/dagRuns", body)
         assert status == 200, (status, found)
-        return str(self.airflow.wait_for_run("echo", run_id)["state"])
+        return str(self.airflow.wait_for_run(dag_id, run_id)["state"])
 
 
 def _read(pid: int) -> bytes:
@@ -112,6 +134,7 @@ def airflow(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp(f"provider{request.param}")
     (folder / "dags").mkdir()
     shutil.copy(DAGS / "echo.py", folder / "dags")
+    (folder / "dags" / "preloaded.py").write_text(PRELOADED)
     port = free_port()
     with ExitStack() as parts:
         valkey = parts.enter_context(Valkey())
@@ -131,6 +154,7 @@ def airflow(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         )
         parts.enter_context(made)
         made.wait_for_dag("echo")
+        made.wait_for_dag("preloaded")
         yield Rig(made, valkey, port)
 
 
@@ -196,6 +220,10 @@ def form_of_airflow_2(airflow: Airflow) -> str:
         answer = session.get(f"{airflow.url}/connection/add", timeout=60)
         answer.raise_for_status()
         return answer.text
+
+
+def test_a_task_finds_our_operators_imported(airflow):
+    assert airflow.run("preloaded", "preloaded") == "success"
 
 
 def test_the_plugin_is_listed_and_nothing_of_it_failed(airflow):
