@@ -180,7 +180,9 @@ def rig(airflow: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]
         )
         with running:
             connections = {"default": running.conn_uri, "elsewhere": running.conn_uri}
-            with Worker(valkey.url, folder, connections=connections, **QUICK) as worker:
+            # A busy Airflow 2 takes its DAGs for gone, now and then, for some seconds.
+            quick = QUICK | {"DAGRELAY_MISSING_GRACE_S": "20"}
+            with Worker(valkey.url, folder, connections=connections, **quick) as worker:
                 made = Rig(running, valkey, worker, folder)
                 _start_all(made)
                 yield made
@@ -321,7 +323,7 @@ def test_a_retry_has_the_same_child_run_again(rig: Rig, name: str) -> None:
 def test_a_try_that_is_killed_leaves_its_child_to_the_next(rig: Rig) -> None:
     assert rig.ended("killed") == "success"
     assert rig.xcom("killed")["tries"] == 1
-    assert "was handed over by an earlier try" in rig.log("killed", 2)
+    assert "was handed over by an earlier try" in rig.log("killed", rig.task("killed")["try_number"])
 
 
 def test_a_failed_child_may_be_good(rig: Rig) -> None:
