@@ -20,7 +20,6 @@ server = behaviour.server
 running = behaviour.running
 
 ZONE = "America/New_York"
-LATE_S = 0.5
 """How late a task may begin: 0.2 s is the promise, and the machine may be busy."""
 
 
@@ -75,7 +74,7 @@ def test_delayed_tasks_of_every_kind_begin_on_time_and_nothing_is_held_in_a_work
     print(f"late by {late[0]:.3f}, median {late[40]:.3f}, p95 {late[76]:.3f}, {late[-1]:.3f} s")  # noqa: T201
     assert len(late) == 80  # each of them once
     assert late[0] > -0.05
-    assert late[76] < LATE_S
+    assert late[-1] < BUSY_S
     assert shared.lot.size() == 0
 
 
