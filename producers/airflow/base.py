@@ -34,7 +34,7 @@ from ..errors import (
 )
 from ..stores import serving
 from ..stores.standing import Standing, look
-from .compat import AirflowException, AirflowFailException, BaseOperator
+from .compat import AirflowException, AirflowFailException, BaseOperator, get_listener_manager
 from .hook import DEFAULT_CONN_ID, DagrelayHook, RelayTarget, client_for
 from .links import FLOWER_URL, FlowerLink, flower_link
 from .triggers import RelayTrigger, words_of
@@ -49,6 +49,9 @@ TRIGGER_FAILED_S: Final = 60.0
 
 OUTCOME_WITHIN_S: Final = 60.0
 """How long Redis may be away when the outcome is to be taken: the work is done, nothing is to be undone."""
+
+_ENDS: Final = ("execute_complete", "outcome", "post_execute")
+"""What an operator's class does at the end, in a worker."""
 
 # Of the names by which Redis knows task instances. Never to change: a retry would start anew.
 _TASKS: Final = uuid.UUID("3c6f1d0a-7d0e-5b7c-9a53-0f4de2b64a11")
@@ -65,10 +68,12 @@ class RelayOperator(BaseOperator):  # type: ignore[misc]
         Wait in the triggerer (the default). False: in the worker, which does nothing else meanwhile.
     end_from_trigger
         Have the triggerer end a task whose request ended well (the default), without a worker of Airflow's.
-        A task with outlets, callbacks on success or tasks mapped over its result is resumed on a worker all
-        the same: the triggerer makes no asset events, and counts no results.
+        A task with outlets, callbacks on success, a `post_execute`, `multiple_outputs` or tasks mapped over
+        its result is resumed on a worker all the same, and so is one whose class ends otherwise than ours,
+        and each where a plug-in listens to the successes of tasks: the triggerer does nothing of that.
     cancel_on_kill
-        Cancel the request when somebody marks or clears the task, or deletes its run (the default).
+        Cancel the request when somebody marks or clears the task, or deletes its run (the default). What a
+        clear leaves going on is then not waited for any more.
     """
 
     template_fields: Sequence[str] = ("relay_conn_id",)
@@ -91,7 +96,8 @@ class RelayOperator(BaseOperator):  # type: ignore[misc]
         super().__init__(**kwargs)
         self.relay_conn_id = relay_conn_id
         self.deferrable = deferrable
-        self.end_from_trigger = end_from_trigger
+        # Airflow refuses every DAG with an attribute `end_from_trigger` where some plug-in has a listener.
+        self.ends_in_triggerer = end_from_trigger
         self.cancel_on_kill = cancel_on_kill
         self.flower_link: str | None = None
         self._request_id: str | None = None
@@ -199,7 +205,7 @@ class RelayOperator(BaseOperator):  # type: ignore[misc]
         with told_as_unavailable():
             served = serving.take(client.redis, self._task_name, new_task_id(), generation_of(context))
         self._request_id = served.request_id
-        if served.left is not None:
+        if served.left is not None and self.cancel_on_kill:
             self.log.info("the task was cleared: request %s is cancelled", served.left)
             client.handle(served.left).cancel()
         if served.how == "attached":
@@ -253,7 +259,14 @@ class RelayOperator(BaseOperator):  # type: ignore[misc]
         return left_of(self.execution_timeout, self._began_at)
 
     def _may_end_in_triggerer(self) -> bool:
-        if not self.end_from_trigger or not self.do_xcom_push or self.outlets or self.on_success_callback:
+        if not self.ends_in_triggerer or not self.do_xcom_push or self.outlets or self.on_success_callback:
+            return False
+        if self.multiple_outputs or self._post_execute_hook is not None:
+            return False
+        ours = (f"{__package__}.", "airflow.")
+        if not all(getattr(type(self), name).__module__.startswith(ours) for name in _ENDS):
+            return False
+        if get_listener_manager().hook.on_task_instance_success.get_hookimpls():
             return False
         return next(iter(self.iter_mapped_dependants()), None) is None
 

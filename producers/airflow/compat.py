@@ -13,6 +13,11 @@ try:  # Airflow 3
     )
     from airflow.sdk.timezone import parse as parse_datetime
 
+    try:  # 3.2
+        from airflow.sdk.listener import get_listener_manager
+    except ImportError:
+        from airflow.listeners.listener import get_listener_manager
+
     AIRFLOW_3 = True
 except ImportError:
     from airflow.exceptions import (
@@ -23,6 +28,7 @@ except ImportError:
         AirflowSkipException,
     )
     from airflow.hooks.base import BaseHook
+    from airflow.listeners.listener import get_listener_manager
     from airflow.models.baseoperator import BaseOperator
     from airflow.models.baseoperatorlink import BaseOperatorLink
     from airflow.sensors.base import BaseSensorOperator
@@ -46,6 +52,7 @@ __all__ = [
     "BaseOperator",
     "BaseOperatorLink",
     "BaseSensorOperator",
+    "get_listener_manager",
     "mask_secret",
     "parse_datetime",
 ]

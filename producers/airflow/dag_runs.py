@@ -257,8 +257,6 @@ class RelayTriggerDagRunOperator(RelayOperator):
 
     def _defer(self, request_id: str) -> NoReturn:
         self.trigger_class = DagRunResultTrigger if self.result_from else DagRunTrigger
-        if self._waits and not self._is_good("success"):
-            self.end_from_trigger = False
         super()._defer(request_id)
 
     def _end(self, context: Any, target: RelayTarget, client: RelayClient, request_id: str) -> Any:
@@ -272,6 +270,9 @@ class RelayTriggerDagRunOperator(RelayOperator):
             # It joined a run that was just being stopped, for the request before was cancelled.
             self.log.info("run %s was stopped, and runs again", run.get("dag_run_id"))
             return self.execute(context)
+
+    def _may_end_in_triggerer(self) -> bool:
+        return (not self._waits or self._is_good("success")) and super()._may_end_in_triggerer()
 
     @property
     def _waits(self) -> bool:
