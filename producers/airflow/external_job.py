@@ -234,6 +234,7 @@ def _problems(given: dict[str, Any]) -> list[str]:
 _ALL: Final = "x{job_id}{reference}{callback_url}"
 _FULL: Final[dict[str, Any]] = {
     "path": "/x{job_id}{reference}",
+    "url": "https://x/{job_id}{reference}",
     "message": {"x": "{reference}{callback_url}"},
     "body": {"x": "{job_id}{reference}"},
     "query": {"x": "{job_id}{reference}"},

@@ -30,6 +30,7 @@ from tests.system.stack import QUICK, until
 from tests.worker import Worker
 
 DAGS = Path(__file__).with_name("job_dags")
+SAYS = Path(__file__).with_name("callers") / "external_job_operators.py"
 DAGRELAY = Path(sys.executable).with_name("dagrelay")
 FLOWER = "https://flower.example.org"
 MODEL = {"model_uri": "s3://models/1"}
@@ -132,6 +133,19 @@ class Rig:
             assert answer.status_code == 200, answer.text
             found = answer.json()
         return json.dumps(found, ensure_ascii=False).replace("\\", "")
+
+    def says(self) -> dict[str, Any]:
+        """What the operators make of arguments, in this Airflow's Python."""
+        done = subprocess.run(
+            [self.airflow.environment.python, str(SAYS)],
+            env=self.airflow.env(),
+            cwd=self.airflow.home,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return dict(json.loads(done.stdout.splitlines()[-1]))
 
     def links(self, dag_id: str) -> dict[str, Any]:
         found = dict(self.get(f"{self.path(dag_id)}/links"))
@@ -496,6 +510,33 @@ def test_what_is_wrong_by_its_form_is_an_import_error_that_names_the_argument(ri
     errors = until(lambda: rig.get("/importErrors")["import_errors"], "an import error", 60)
     assert [Path(one["filename"]).name for one in errors] == ["broken.py"]
     assert "state: is no JMESPath expression" in errors[0]["stack_trace"]
+
+
+def test_arguments_are_refused_by_name_as_far_as_their_templates_let_know(rig: Rig) -> None:
+    said = rig.says()
+    assert set(said["right"].values()) == {""}
+    begins = {
+        "path": "path: give the job's path, or its url, or have submit hold",
+        "path_and_url": "path: give the job's path, or its url, and not both",
+        "state": "state: is no JMESPath expression",
+        "job_id": "path: has {job_id}, and there is neither",
+        "no_callback": "path: give the job's path",
+        "then": "then: dag_id: is no DAG id",
+        "credentials": "headers: 'Authorization' belongs to the service's configuration",
+        "queue": "path: is for via='http'",
+        "states": "success and failure: both have done",
+        "seconds": "timeout_s: 'soon' is no number",
+    }
+    for name, words in begins.items():
+        assert said["wrong"][name].startswith(words), name
+    begins = {
+        "nothing": "path: give request_id",
+        "both": "request_id: leave it out",
+        "no_job": "path: has {job_id}",
+    }
+    for name, words in begins.items():
+        assert said["sensors"][name].startswith(words), name
+    assert said["sensors"][""] == ""
 
 
 @pytest.mark.parametrize(
