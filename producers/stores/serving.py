@@ -52,6 +52,7 @@ if state then
   if not over and state ~= 'done' then left = known[1] end
 else  -- its try was cut short before it handed over, and maybe before it cancelled what was left
   left = known[7]
+  if cleared == '' then cleared = known[5] end
   if known[4] ~= '' then before = known[4] end
 end
 local run = record[3] and cjson.decode(record[3])

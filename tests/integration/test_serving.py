@@ -76,6 +76,9 @@ def test_what_is_left_is_told_until_it_is_replaced_whatever_becomes_of_the_try_t
     for generation in ("2", "2", "3"):  # each cut short before it cancelled anything
         found = take(relay, generation)
         assert (found.left, found.before, found.cleared) == (first.request_id, first.request_id, True)
+    serving.forget(relay.redis, "task-1", found.request_id)  # as a try that is ended before it hands over
+    found = take(relay, "3")
+    assert (found.left, found.before, found.cleared) == (first.request_id, first.request_id, True)
     relay.enqueue(REQUEST, task_id=found.request_id)
     assert take(relay, "3").left is None
 
