@@ -75,7 +75,7 @@ class RelayTrigger(BaseTrigger):  # type: ignore[misc]
             if state == "done" and self.end_from_trigger:
                 outcome = await waiter.outcome(self.request_id)
                 xcoms = self.xcoms(outcome) if outcome is not None else None
-                if AIRFLOW_3 and xcoms is not None:
+                if xcoms is not None:
                     xcoms = {} if await self._pushed(xcoms) else None
         except asyncio.CancelledError:
             # Airflow 3.3 calls on_kill itself. Where the loop ends, it is the triggerer that stops.
@@ -106,14 +106,13 @@ class RelayTrigger(BaseTrigger):  # type: ignore[misc]
                 self.log.info("request %s: %s", self.request_id, words)
 
     async def _pushed(self, xcoms: dict[str, Any]) -> bool:
-        """Write XComs as a task does: those of a TaskSuccessEvent Airflow 3.3 keeps, and gives, as text."""
-        from airflow.sdk.execution_time.xcom import XCom
+        """Write XComs as a task does, and tell whether that went well.
 
-        ours = self.task_instance
-        about = {"dag_id": ours.dag_id, "task_id": ours.task_id, "run_id": ours.run_id}
+        Those of a TaskSuccessEvent Airflow 3.3 keeps, and gives, as text; and Airflow 2 writes them where a
+        backend that raises, because its store is away, ends the triggerer.
+        """
         try:
-            for key, value in xcoms.items():
-                await sync_to_async(XCom.set)(key=key, value=value, map_index=ours.map_index, **about)
+            await sync_to_async(_push)(self.task_instance, xcoms)
         except Exception as exc:  # noqa: BLE001 - whatever it is, a worker can do it
             self.log.warning("XComs not written here (%s: %s), a worker does it", type(exc).__name__, exc)
             return False
@@ -152,6 +151,16 @@ class RelayTrigger(BaseTrigger):  # type: ignore[misc]
             self.log.warning("cannot ask for the state of the task (%s: %s)", type(exc).__name__, exc)
             return False
         return "deferred" in states
+
+
+def _push(ti: Any, xcoms: dict[str, Any]) -> None:
+    if AIRFLOW_3:
+        from airflow.sdk.execution_time.xcom import XCom
+    else:
+        from airflow.models.xcom import XCom
+    about = {"dag_id": ti.dag_id, "task_id": ti.task_id, "run_id": ti.run_id, "map_index": ti.map_index}
+    for key, value in xcoms.items():
+        XCom.set(key=key, value=value, **about)
 
 
 def _states_3(dag_id: str, run_id: str, task_id: str, map_index: int) -> list[str]:

@@ -1,0 +1,111 @@
+"""Run by Airflow's Python, with our wheel: says as JSON who ends tasks, and what a clear cancels."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+try:
+    from airflow.sdk import DAG
+    from airflow.sdk.execution_time.xcom import XCom
+except ImportError:  # Airflow 2
+    from airflow import DAG
+    from airflow.models.xcom import XCom
+
+from producers.airflow import triggers
+from producers.airflow.operators import ExternalJobOperator, RelayTriggerDagRunOperator
+from producers.stores import serving
+from producers.stores.standing import Standing
+
+
+class WithPostExecute(RelayTriggerDagRunOperator):
+    def post_execute(self, context: Any, result: Any = None) -> None:
+        """Do what there is to do afterwards."""
+
+
+class WithItsOwnEnd(ExternalJobOperator):
+    def execute_complete(self, context: Any, event: Any) -> Any:
+        """Return something else."""
+        return 1
+
+
+class WithItsOwnBeginning(RelayTriggerDagRunOperator):
+    def execute(self, context: Any) -> Any:
+        """Do what there is to do before."""
+        return super().execute(context)
+
+
+JOB = {"service": "train", "path": "/jobs/{job_id}", "job_id": "1"}
+RUN = {"trigger_dag_id": "child"}
+TASKS: dict[str, tuple[type, dict[str, Any]]] = {
+    "plain": (RelayTriggerDagRunOperator, RUN),
+    "its own beginning": (WithItsOwnBeginning, RUN),
+    "post_execute=": (RelayTriggerDagRunOperator, RUN | {"post_execute": print}),
+    "post_execute()": (WithPostExecute, RUN),
+    "multiple_outputs": (ExternalJobOperator, JOB | {"multiple_outputs": True}),
+    "execute_complete()": (WithItsOwnEnd, JOB),
+    "do_xcom_push": (ExternalJobOperator, JOB | {"do_xcom_push": False}),
+}
+
+
+def in_triggerer() -> list[str]:
+    """Return which tasks may end in the triggerer."""
+    with DAG("said", schedule=None, catchup=False):
+        made = {
+            name: operator(task_id=f"t{n}", **given)
+            for n, (name, (operator, given)) in enumerate(TASKS.items())
+        }
+    return [name for name, task in made.items() if task._may_end_in_triggerer()]
+
+
+class Ended:
+    """A waiter whose request has ended well."""
+
+    stops = False
+
+    async def changes(self, request_id: str) -> Any:
+        yield Standing("done", "", "", "", "", "", "")
+
+    async def outcome(self, request_id: str) -> Any:
+        return {"dag_id": "child", "dag_run_id": "r"}
+
+
+async def event(*, refused: bool) -> list[Any]:
+    """Return the event of a trigger whose XComs are taken or refused by their store, and those it wrote."""
+    written = []
+
+    def store(**given: Any) -> None:
+        if refused:
+            raise OSError("the store is away")
+        written.append([given["key"], given["task_id"], given["map_index"]])
+
+    XCom.set = store
+    triggers.waiter_for = lambda _: Ended()
+    trigger = triggers.RelayTrigger("r", end_from_trigger=True)
+    trigger.task_instance = SimpleNamespace(dag_id="d", task_id="t", run_id="r", map_index=3)
+    (found,) = [one async for one in trigger.run()]
+    return [type(found).__name__, getattr(found, "xcoms", None) or {}, written]
+
+
+def cancelled(*, cancel_on_kill: bool) -> list[str]:
+    """Return what a task cancels that was cleared."""
+    found: list[str] = []
+    serving.take = lambda *_: serving.Served("new", "attached", "old")
+    client = SimpleNamespace(redis=None, handle=lambda one: SimpleNamespace(cancel=lambda: found.append(one)))
+    with DAG("cleared", schedule=None, catchup=False):
+        task = ExternalJobOperator(task_id="t", cancel_on_kill=cancel_on_kill, **JOB)
+    ti = SimpleNamespace(dag_id="d", task_id="t", run_id="r", map_index=-1, max_tries=0)
+    task._request_for({"ti": ti}, SimpleNamespace(airflow_name=""), client)
+    return found
+
+
+said = {
+    "in_triggerer": in_triggerer(),
+    "taken": asyncio.run(event(refused=False)),
+    "refused": asyncio.run(event(refused=True)),
+    "cancelled": [cancelled(cancel_on_kill=one) for one in (True, False)],
+}
+sys.stdout.write(json.dumps(said) + "\n")

@@ -1,0 +1,42 @@
+"""Who ends a task, and what a clear cancels, as operators and triggers say in both Airflows; none runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from local.airflow import PYTHON_BELOW, RELEASE, Environment, base_env
+from local.provider import provider_for
+from tests.parts import need
+
+SAYS = Path(__file__).with_name("callers") / "operator_ends.py"
+
+
+@pytest.mark.parametrize("airflow", ["3", "2"], ids=["airflow3", "airflow2"])
+def test_the_triggerer_ends_what_it_can_end_as_a_worker_would(airflow, tmp_path):
+    below = PYTHON_BELOW[airflow]
+    need(f"Airflow {RELEASE[airflow]}", sys.version_info[:2] < below, f"it needs a Python below {below}")
+    environment = Environment(airflow)
+    environment.ensure()
+    with provider_for(environment) as provider:
+        done = subprocess.run(
+            [environment.python, SAYS],
+            env=base_env(environment, tmp_path)
+            | {"PYTHONPATH": provider.pythonpath, "DAGRELAY_REDIS_URL": "redis://127.0.0.1:1/0"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+
+    assert said["in_triggerer"] == ["plain", "its own beginning"]
+    # The XComs are written before Airflow 2 writes them, where a store that is away would end the triggerer.
+    assert said["taken"] == ["TaskSuccessEvent", {}, [["return_value", "t", 3]]]
+    assert said["refused"] == ["TriggerEvent", {}, []]
+    assert said["cancelled"] == [["old"], []]
