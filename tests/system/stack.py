@@ -114,7 +114,7 @@ class AirflowUnderTest(Airflow):
         if self.version == "3":  # its simple auth manager reads the file at each login
             secret_file(self.home / "passwords.json", json.dumps({self.username: password}))
         else:
-            set_password(self.postgres, self.username, password)
+            set_password(self.postgres, self.username, password, self.hash_rounds)
 
     @contextmanager
     def frozen_api(self) -> Iterator[None]:

@@ -20,7 +20,6 @@ server = behaviour.server
 running = behaviour.running
 
 ZONE = "America/New_York"
-"""How late a task may begin: 0.2 s is the promise, and the machine may be busy."""
 
 
 @pytest.fixture(scope="module")
