@@ -221,7 +221,7 @@ def on_a_terminal(environment: dict[str, str], *args: str) -> tuple[int, str, st
 
 
 def test_a_terminal_sees_how_far_it_is(environment, relay, worker, airflow):
-    handle = relay.enqueue(TriggerRequest("d1"), countdown=3)
+    handle = relay.enqueue(TriggerRequest("d1"), countdown=8)  # the command may take seconds to start
 
     code, out, shown = on_a_terminal(environment, "watch", handle.id)
 

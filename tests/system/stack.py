@@ -251,7 +251,7 @@ class Stack:
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=240,
         )
 
     def status(self, task_id: str) -> dict[str, Any]:

@@ -53,6 +53,7 @@ def test_refused_credentials_hold_the_connection_until_the_worker_has_better_one
     until(lambda: all(stack.record(one).get("state") == "waiting" for one in ids), "all waiting")
     # What was in flight has come back, and a first probe has found the same.
     until(lambda: not stack.redis.exists("dagrelay:slots:default"), "nothing in flight")
+    until(lambda: time.time() - proxy.calls[-1].at > 1, "asked nothing for a second")
     held = until(lambda: hold_of(stack), "held, and not to be probed for a while")
     asked = len(proxy.calls)
     assert held["held_reason"]
