@@ -298,10 +298,9 @@ def upload(client: Redis, packed: Packed | None) -> None:
         return
     new = f"{key}:new:{uuid.uuid4()}"
     view = memoryview(blob)
-    for start in range(0, len(blob), PIECE_BYTES):
+    client.set(new, bytes(view[:PIECE_BYTES]), ex=PROVISIONAL_S)  # one step: who dies leaves what expires
+    for start in range(PIECE_BYTES, len(blob), PIECE_BYTES):
         client.setrange(new, start, bytes(view[start : start + PIECE_BYTES]))
-        if start == 0:
-            client.expire(new, PROVISIONAL_S)
     _COMPLETE.run(client, (key, new), (len(blob), PROVISIONAL_S))
 
 

@@ -209,6 +209,21 @@ def test_a_producer_that_dies_between_upload_and_acceptance_leaves_what_expires(
     assert (ttl(relay), holders(relay)) == (-1, {handle.id})
 
 
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_a_producer_that_dies_while_it_uploads_in_pieces_leaves_what_expires(relay, either, pieces):
+    code = (
+        "import os\nfrom producers import RelayClient, TriggerRequest\n"
+        f"RelayClient().enqueue(TriggerRequest('d', {{'noise': os.urandom({2 * PIECE_BYTES}).hex()}}))"
+    )
+    crash = {"PYTHONPATH": str(CRASH), "CRASH_NAMING": ":new:", "CRASH_AFTER": str(pieces)}
+    env = clean_env(DAGRELAY_REDIS_URL=either.url, **crash)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=False, capture_output=True)
+    assert done.returncode == -9
+    (left,) = relay.redis.keys("*")
+    assert b":new:" in left
+    assert 0 < relay.redis.ttl(left) <= PROVISIONAL_S
+
+
 def test_the_conf_of_a_trigger_that_is_to_follow_a_job_is_held_by_the_job(relay):
     request = PollRequest(service="s", path="/j", then={"dag_id": "d", "conf": LARGE})
     handle = relay.enqueue(request)
