@@ -2,7 +2,7 @@
 
 An Airflow connection of type ``dagrelay``, by default `dagrelay_default`::
 
-    AIRFLOW_CONN_DAGRELAY_DEFAULT=dagrelay://user:p%40ss@redis:6379/0?flower_url=https://flower.example.org
+    AIRFLOW_CONN_DAGRELAY_DEFAULT=dagrelay://user:p%40ss@redis:6379/0?flower_url=https%3A%2F%2Fflower
 
 Host, port, login and password are those of Redis, the schema is the number of its database. Extras:
 ``ssl`` (true: TLS), ``redis_url`` (a whole Redis URL instead of all these), ``conf_key`` (what confs are
@@ -127,14 +127,15 @@ def _client(settings: ProducerSettings) -> RelayClient:
 def _from_environment(conn_id: str) -> RelayTarget:
     if conn_id != DEFAULT_CONN_ID:
         raise ConfigurationError(
-            f"relay_conn_id: Airflow has no connection {conn_id!r}: make one of type dagrelay, or leave "
-            f"relay_conn_id out and set DAGRELAY_REDIS_URL"
+            f"relay_conn_id: Airflow has no connection {conn_id!r} that it can read: make one of type "
+            f"dagrelay, or leave relay_conn_id out and set DAGRELAY_REDIS_URL"
         )
     try:
         settings = read_settings()
     except ConfigurationError as exc:
         raise ConfigurationError(
-            f"relay_conn_id: Airflow has no connection {conn_id!r}, and the environment does not do: {exc}"
+            f"relay_conn_id: Airflow has no connection {conn_id!r} that it can read, and the environment "
+            f"does not do: {exc}"
         ) from None
     return RelayTarget(settings, airflow_name=default_airflow_name())
 

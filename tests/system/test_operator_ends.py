@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from local.airflow import PYTHON_BELOW, RELEASE, Environment, base_env
 from local.provider import provider_for
 from tests.parts import need
 
+DOCS = Path(__file__).parents[2] / "docs" / "airflow.md"
 SAYS = Path(__file__).with_name("callers") / "operator_ends.py"
 
 
@@ -20,13 +22,14 @@ SAYS = Path(__file__).with_name("callers") / "operator_ends.py"
 def test_the_triggerer_ends_what_it_can_end_as_a_worker_would(airflow, tmp_path):
     below = PYTHON_BELOW[airflow]
     need(f"Airflow {RELEASE[airflow]}", sys.version_info[:2] < below, f"it needs a Python below {below}")
+    (documented,) = re.findall("^AIRFLOW_CONN_DAGRELAY_DEFAULT='(.*)'$", DOCS.read_text(), re.MULTILINE)
     environment = Environment(airflow)
     environment.ensure()
     with provider_for(environment) as provider:
         done = subprocess.run(
             [environment.python, SAYS],
             env=base_env(environment, tmp_path)
-            | {"PYTHONPATH": provider.pythonpath, "DAGRELAY_REDIS_URL": "redis://127.0.0.1:1/0"},
+            | {"PYTHONPATH": provider.pythonpath, "AIRFLOW_CONN_DAGRELAY_DEFAULT": documented},
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -39,4 +42,5 @@ def test_the_triggerer_ends_what_it_can_end_as_a_worker_would(airflow, tmp_path)
     # The XComs are written before Airflow 2 writes them, where a store that is away would end the triggerer.
     assert said["taken"] == ["TaskSuccessEvent", {}, [["return_value", "t", 3]]]
     assert said["refused"] == ["TriggerEvent", {}, []]
+    assert said["flower_url"] == "https://flower.example.org"  # Airflow reads no URI with a second ://
     assert said["cancelled"] == [["old"], []]

@@ -16,6 +16,7 @@ except ImportError:  # Airflow 2
     from airflow.models.xcom import XCom
 
 from producers.airflow import triggers
+from producers.airflow.hook import DagrelayHook
 from producers.airflow.operators import ExternalJobOperator, RelayTriggerDagRunOperator
 from producers.stores import serving
 from producers.stores.standing import Standing
@@ -106,6 +107,7 @@ said = {
     "in_triggerer": in_triggerer(),
     "taken": asyncio.run(event(refused=False)),
     "refused": asyncio.run(event(refused=True)),
+    "flower_url": DagrelayHook().target.flower_url,
     "cancelled": [cancelled(cancel_on_kill=one) for one in (True, False)],
 }
 sys.stdout.write(json.dumps(said) + "\n")
