@@ -3,7 +3,8 @@
 Source: draft-ietf-httpapi-idempotency-key-header-07. The task id is made from the sender's key and this one,
 so that Redis itself, which accepts an id once, keeps them apart: there is no moment at which an answer of yes
 is not known yet to a second sender, and hence no 409 but for a fan-out, which is written in several steps.
-What was asked lies in the record as a hash (`fingerprint`): another request under the same key is refused.
+What was asked lies in the record as a hash (`fingerprint`, by the key for confs where there is one): another
+request under the same key is refused.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from typing import Any, Final
 
 from fastapi import Request
 
 from ..contract import PollRequest, TriggerRequest
+from ..errors import ConfKeyMissing
+from ..stores.claim_check import ConfKeys
 from .base import Problem, gateway_of
 
 MOST_CHARACTERS: Final = 200
@@ -69,7 +71,19 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check_same(known: Mapping[str, str | None], asked: str) -> None:
-    """Raise Problem (422) where what is on record under the same id is another request."""
-    if known.get("fingerprint") not in (None, asked):
-        raise Problem(422, REUSED)
+def kept(asked: str, keys: ConfKeys) -> str:
+    """Return a fingerprint, or a digest, as it lies in Redis: no conf is to be guessed by it, if there is a
+    key for confs."""
+    return keys.reference_of(asked.encode())
+
+
+def is_same(there: str, asked: str, keys: ConfKeys) -> bool:
+    """Tell whether what lies there was made of the same request.
+
+    Where it was made by a key that is not here any more, that cannot be told: it is taken for the same, or
+    whoever sends his request again would have it done twice, under another key.
+    """
+    try:
+        return keys.reference_of(asked.encode(), like=there) == there
+    except ConfKeyMissing:
+        return True

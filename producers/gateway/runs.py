@@ -20,7 +20,7 @@ from ..stores.envelope import trace_of
 from ..stores.records import record_key
 from . import schemas
 from .base import Gateway, Problem, as_json, asked_by, gateway_of, in_thread, key_of
-from .idempotency import IN_PROGRESS, REUSED, check_same, digest, fingerprint, idempotency_key
+from .idempotency import IN_PROGRESS, REUSED, digest, fingerprint, idempotency_key, is_same, kept
 
 NDJSON: Final = "application/x-ndjson"
 MOST_WRONG_LINES: Final = 20
@@ -127,12 +127,13 @@ async def accept(gateway: Gateway, key: Key, order: Order, *, compare: bool) -> 
         raise InvalidRequest(
             "reply_to: HTTP has no queue for answers: name hooks in on_end, or follow /v1/tasks/{id}/events"
         )
-    more = {"fingerprint": fingerprint(order.request)} if compare and order.task_id is not None else {}
+    asked = fingerprint(order.request) if compare and order.task_id is not None else None
+    more = {"fingerprint": kept(asked, gateway.relay.confs.keys)} if asked is not None else {}
     item = gateway.door.prepare(order, by=asked_by(key), scope=key.scope, **more)
     taken = await gateway.batches.accept(item)
     if taken.new:
         return taken
-    return await in_thread(_known, gateway.relay, taken, more.get("fingerprint"))
+    return await in_thread(_known, gateway.relay, taken, asked)
 
 
 def _known(relay: RelayClient, taken: Taken, asked: str | None) -> Taken:
@@ -142,9 +143,11 @@ def _known(relay: RelayClient, taken: Taken, asked: str | None) -> Taken:
         values = relay.redis.hmget(record_key(taken.task_id), list(names))
     known = {name: _text(value) if value else None for name, value in zip(names, values, strict=True)}
     if asked is not None:
-        if known["fan_out"] is not None:
+        there = known["fingerprint"]
+        if known["fan_out"] is not None or (
+            there is not None and not is_same(there, asked, relay.confs.keys)
+        ):
             raise Problem(422, REUSED)
-        check_same(known, asked)
     return Taken(taken.task_id, known["dag_run_id"] or None, False)
 
 
@@ -197,10 +200,11 @@ def _take_fan_out(
         with told_as_unavailable():
             # Beside the record, which is there only when all of its requests are.
             name = f"dagrelay:fan-out:{fan_out_id}:asked"
-            first = relay.redis.set(name, asked, nx=True, ex=KEEP_FINGERPRINT_S, get=True)
+            keys = relay.confs.keys
+            first = relay.redis.set(name, kept(asked, keys), nx=True, ex=KEEP_FINGERPRINT_S, get=True)
             there = relay.redis.hget(record_key(fan_out_id), "fan_out")
             is_other = there is None and relay.redis.exists(record_key(fan_out_id))
-        if is_other or (first is not None and _text(first) != asked):
+        if is_other or (first is not None and not is_same(_text(first), asked, keys)):
             raise Problem(422, REUSED)
         if there is not None:
             return Taken(fan_out_id, None, False)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import io
 
 import pytest
+from cryptography.fernet import Fernet
 
+from producers.contract import TriggerRequest
 from producers.errors import BrokerUnavailable, ConfigurationError
-from producers.gateway.idempotency import digest, parsed
+from producers.gateway.idempotency import digest, fingerprint, is_same, kept, parsed
 from producers.gateway.limits import Limits
 from producers.gateway.settings import is_loopback, read_gateway_settings
 from producers.gateway.streams import Streams
 from producers.keys import Key
 from producers.scopes import EVERYTHING
+from producers.stores.claim_check import ConfKeys
 from producers.stores.records import Record
 
 REDIS = {"DAGRELAY_REDIS_URL": "redis://127.0.0.1:1/0"}
@@ -45,6 +48,26 @@ def test_an_idempotency_key_is_one_string(text, key):
 def test_what_is_asked_has_one_digest_whatever_the_order():
     assert digest({"a": 1, "b": [1, {"c": 2, "d": 3}]}) == digest({"b": [1, {"d": 3, "c": 2}], "a": 1})
     assert digest({"a": 1}) != digest({"a": "1"})
+
+
+def test_what_lies_there_of_a_request_tells_nobody_that_he_guessed_its_conf():
+    asked = fingerprint(TriggerRequest("d", {"pin": 1234}))
+    old, none = ConfKeys(Fernet.generate_key().decode()), ConfKeys()
+    assert asked not in kept(asked, old)
+    assert kept(asked, old) != kept(asked, none)
+    assert is_same(kept(asked, old), asked, old)
+    assert not is_same(kept(asked, old), "another", old)
+
+
+def test_a_repeat_is_known_again_while_keys_are_replaced():
+    asked = fingerprint(TriggerRequest("d", {"pin": 1234}))
+    old, new, none = Fernet.generate_key().decode(), Fernet.generate_key().decode(), ConfKeys()
+    both = ConfKeys(f"{new},{old}")
+    for there in (kept(asked, ConfKeys(old)), kept(asked, none)):
+        assert is_same(there, asked, both)
+        assert not is_same(there, "another", both)
+    # It cannot be told: to refuse it would have its sender take another key, and have it done twice.
+    assert is_same(kept(asked, ConfKeys(old)), asked, ConfKeys(new))
 
 
 class Clock:
