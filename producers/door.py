@@ -21,6 +21,7 @@ from .client import RelayClient, told_as_unavailable
 from .errors import BrokerUnavailable, ConfGone
 from .queues.message import Order
 from .scopes import EVERYTHING, Scope
+from .stores.claim_check import keep
 from .stores.notices import tell_field
 from .stores.records import Accepted
 
@@ -55,6 +56,20 @@ class Door:
         if envelope.reply_to is not None:
             more["tell"] = tell_field(self.name, envelope.reply_to, envelope.correlation_id)
         return self.client.item(order.request, by=by, more=more, **order.options())
+
+    def gone(self, items: Sequence[Accepted]) -> dict[int, ConfGone]:
+        """Return which of them refer to a conf that is no longer kept; the others' confs stay for an hour."""
+        stored = {
+            index: item.reference
+            for index, item in enumerate(items)
+            if item.conf is not None and item.reference and item.conf.blob is None
+        }
+        if not stored:
+            return {}
+        with told_as_unavailable():
+            there = keep(self.client.redis, list(stored.values()))
+        named = zip(stored.items(), there, strict=True)
+        return {index: ConfGone(reference) for (index, reference), is_there in named if not is_there}
 
     def accept(self, items: Sequence[Accepted]) -> list[Taken | ConfGone]:
         """Have all of them in Redis, in as few round trips as may be; say of each whether it is new.

@@ -81,6 +81,9 @@ async def _take_batch(gateway: Gateway, key: Key, body: bytes, trace: dict[str, 
             if not isinstance(exc, NotAllowed):
                 status = 422
             wrong.append({"index": index, "detail": str(exc)})
+    if not wrong:
+        gone = await in_thread(gateway.door.gone, items)
+        wrong, status = [{"index": index, "detail": str(exc)} for index, exc in gone.items()], 422
     if wrong:
         detail = f"event {wrong[0]['index']}: {wrong[0]['detail']}"
         raise Problem(status, f"{detail}; nothing was taken, `errors` has the wrong events", errors=wrong)
@@ -88,6 +91,6 @@ async def _take_batch(gateway: Gateway, key: Key, body: bytes, trace: dict[str, 
     taken = []
     for one in answers:
         if isinstance(one, ConfGone):
-            raise one  # the others are in; sent again they are the same, where the events have ids
+            raise one  # it was deleted since then; the others are in, and sent again they are the same
         taken.append(one)
     return taken

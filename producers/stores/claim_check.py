@@ -32,7 +32,7 @@ import hmac
 import json
 import uuid
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -304,6 +304,18 @@ def upload(client: Redis, packed: Packed | None) -> None:
     _COMPLETE.run(client, (key, new), (len(blob), PROVISIONAL_S))
 
 
+def keep(client: Redis, references: Sequence[str]) -> list[bool]:
+    """Have stored confs kept for an hour at least; tell of each whether it is there.
+
+    Raises what redis-py raises.
+    """
+    with client.pipeline(transaction=False) as pipe:
+        pipe.execute_command("SCRIPT", "LOAD", _KEEP.lua)
+        for reference in references:
+            _KEEP.queue(pipe, (conf_key(reference),), (PROVISIONAL_S,))
+        return [bool(there) for there in pipe.execute()[1:]]
+
+
 class ClaimChecks:
     """The stored confs in one Redis, and the keys for them. Every method raises what redis-py raises."""
 
@@ -350,6 +362,7 @@ __all__ = [
     "ConfRules",
     "Packed",
     "conf_key",
+    "keep",
     "read_conf_rules",
     "upload",
 ]

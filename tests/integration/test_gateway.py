@@ -35,6 +35,7 @@ def gateway(store, tmp_path_factory) -> Iterator[GatewayProcess]:
     folder = tmp_path_factory.mktemp("gateway")
     (folder / "rules.toml").write_text(
         '[[rules]]\ntype = "com.example.order.*"\ndag_id = "orders"\nconf = "{order: data.id}"\n'
+        '[[rules]]\ntype = "com.example.plain"\ndag_id = "plain"\nconf = "data"\n'
     )
     env = {"DAGRELAY_GATEWAY_BODY_TIMEOUT_S": "2", "DAGRELAY_GATEWAY_HEARTBEAT_S": "0.3"}
     options = ("--rules", str(folder / "rules.toml"))
@@ -109,6 +110,8 @@ def test_the_same_idempotency_key_is_one_request_with_the_same_answer(gateway, r
     assert first.body == second.body
     assert first.headers["location"] == second.headers["location"]
     assert redis.llen(QUEUE_TRIGGERS) == 1
+    asked = redis.hget(f"dagrelay:record:{first.body['id']}", "fingerprint")
+    assert asked.startswith("sha256:")  # by the key for confs where there is one: see `kept`
 
 
 def test_an_idempotency_key_names_no_second_request(gateway, redis):
@@ -465,6 +468,13 @@ def test_a_batch_is_taken_whole_or_not_at_all(gateway, redis):
     assert [wrong["index"] for wrong in bad.body["errors"]] == [1, 2]
     assert redis.llen(QUEUE_TRIGGERS) == 2
     assert gateway.ask("POST", "/v1/events", b"{}", **batch).status == 422
+
+    gone = {"dagrelay_conf": f"sha256:{'0' * 64}", "bytes": 5}
+    events = [event(5), event(6, type="com.example.plain", data=gone)]
+    bad = gateway.ask("POST", "/v1/events", events, **batch)
+    assert (bad.status, [wrong["index"] for wrong in bad.body["errors"]]) == (422, [1])
+    assert "no longer kept" in bad.body["detail"]
+    assert redis.llen(QUEUE_TRIGGERS) == 2
 
 
 # How a request fares
