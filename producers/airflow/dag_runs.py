@@ -29,7 +29,15 @@ from ..contract import (
     canonical_json,
     reference_in,
 )
-from ..errors import BrokerUnavailable, DagRunFailed, InvalidRequest, LogicalDateTaken, RunConflict, RunExists
+from ..errors import (
+    BrokerUnavailable,
+    DagRunFailed,
+    InvalidRequest,
+    LogicalDateTaken,
+    ResultExpired,
+    RunConflict,
+    RunExists,
+)
 from ..fan_out import OnError, fan_out
 from ..queues.message import task_id_for
 from ..stores import serving
@@ -227,6 +235,11 @@ class RelayTriggerDagRunOperator(RelayOperator):
             if not self._is_good("failed") or found is None or found.run is None:
                 raise
             run = DagRun.from_message({**found.run, "state": "failed"})
+        except ResultExpired:  # a day ago, while this Airflow was away: what is on record will do
+            found = client.record(request_id)
+            if self.result_from or found is None or found.state != "done" or found.run is None:
+                raise
+            run = DagRun.from_message(found.run)
         if self._waits and not self._is_good(run.state):
             with told_as_unavailable():
                 serving.forget(client.redis, _name(self, context), request_id)

@@ -18,7 +18,9 @@ except ImportError:  # Airflow 2
 from producers.airflow import triggers
 from producers.airflow.hook import DagrelayHook
 from producers.airflow.operators import ExternalJobOperator, RelayTriggerDagRunOperator
+from producers.errors import ResultExpired
 from producers.stores import serving
+from producers.stores.records import Record
 from producers.stores.standing import Standing
 
 
@@ -103,7 +105,22 @@ def cancelled(*, cancel_on_kill: bool) -> list[str]:
     return found
 
 
+def taken_late() -> Any:
+    """Return the outcome of a run that ended so long ago that only its record is kept."""
+
+    def get(**_: Any) -> None:
+        raise ResultExpired("r", "done", "")
+
+    run = {"dag_id": "child", "dag_run_id": "r", "state": "success", "created": True}
+    record = Record("r", state="done", run=run)
+    client = SimpleNamespace(handle=lambda _: SimpleNamespace(get=get), record=lambda _: record)
+    with DAG("late", schedule=None, catchup=False):
+        task = RelayTriggerDagRunOperator(task_id="t", wait_for_completion=True, **RUN)
+    return task.outcome({}, client, "r")
+
+
 said = {
+    "taken_late": taken_late(),
     "in_triggerer": in_triggerer(),
     "taken": asyncio.run(event(refused=False)),
     "refused": asyncio.run(event(refused=True)),
