@@ -34,7 +34,7 @@ SAYS = Path(__file__).with_name("callers") / "external_job_operators.py"
 DAGRELAY = Path(sys.executable).with_name("dagrelay")
 FLOWER = "https://flower.example.org"
 MODEL = {"model_uri": "s3://models/1"}
-LATER = ("through_kills", "too_long", "run_too_long")
+LATER = ("through_kills", "too_long", "run_too_long", "overdue")
 CALL = """
 import json, sys
 from producers import poll_external_job
@@ -563,6 +563,7 @@ def test_a_redis_that_is_away_fails_a_try_with_one_line_that_names_it(rig: Rig) 
 
 
 def test_a_sensor_leaves_what_it_waits_for_alone(rig: Rig) -> None:
+    rig.start("overdue", request_id=rig.elsewhere)
     for dag_id in ("overdue", "overdue_here"):
         assert rig.ended(dag_id) == ("failed" if dag_id == "overdue" else "success")
         assert rig.task(dag_id)["try_number"] == 1

@@ -99,7 +99,7 @@ sensor(
     "followed", service="train", path="/jobs/{job_id}", job_id="{{ dag_run.conf['job_id'] }}", result="model"
 )
 sensor("soft", request_id="{{ dag_run.conf['failing_id'] }}", soft_fail=True)
-sensor("overdue", request_id="{{ dag_run.conf['request_id'] }}", timeout=3, retries=3)
+sensor("overdue", request_id="{{ dag_run.conf['request_id'] }}", timeout=15, retries=3)
 sensor(
     "overdue_here", request_id="{{ dag_run.conf['request_id'] }}", timeout=3, deferrable=False, soft_fail=True
 )
