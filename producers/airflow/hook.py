@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote, unquote, urlsplit
+from weakref import WeakKeyDictionary
 
 from ..errors import ConfigurationError
 from ..settings import CONF_KEY, CONF_LIMIT, ProducerSettings, read_settings
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from ..client import RelayClient
 
 DEFAULT_CONN_ID: Final = "dagrelay_default"
+KNOWN_FOR_S: Final = 5.0
 EXTRAS: Final = ("airflow_name", "conf_key", "conf_limit_bytes", "flower_url", "redis_url", "ssl")
 
 
@@ -72,7 +75,17 @@ class DagrelayHook(BaseHook):  # type: ignore[misc]
         return target
 
     async def atarget(self) -> RelayTarget:
-        """Do as `target` does, within an event loop."""
+        """Do as `target` does, within an event loop; what was said within `KNOWN_FOR_S` stands.
+
+        So a triggerer that takes up a thousand triggers asks Airflow once.
+        """
+        known = _known.setdefault(asyncio.get_running_loop(), {}).setdefault(self.relay_conn_id, _Known())
+        async with known.lock:
+            if known.target is None or time.monotonic() - known.at > KNOWN_FOR_S:
+                known.target, known.at = await self._ask(), time.monotonic()
+            return known.target
+
+    async def _ask(self) -> RelayTarget:
         ask = getattr(self, "aget_connection", None)
         try:
             if ask is not None:
@@ -110,6 +123,18 @@ class DagrelayHook(BaseHook):  # type: ignore[misc]
     def get_ui_field_behaviour() -> dict[str, Any]:
         """Return what Airflow's form for such a connection calls the other fields."""
         return form_behaviour()
+
+
+class _Known:
+    """What an event loop knows of one connection, or is about to."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.target: RelayTarget | None = None
+        self.at = 0.0
+
+
+_known: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Known]] = WeakKeyDictionary()
 
 
 def client_for(target: RelayTarget) -> RelayClient:

@@ -188,6 +188,7 @@ def test_a_connection_says_where_redis_is_and_the_environment_what_it_leaves_out
     assert "'flower' is no extra of it" in wrong
     assert "is of type 'http', not dagrelay" in wrong
     assert "relay_conn_id: Airflow has no connection 'nowhere'" in nowhere
+    assert said["asked"] == 1
     assert said["masked"] == "*** ***"
 
 

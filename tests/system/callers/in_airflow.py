@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from importlib import import_module
@@ -77,8 +78,26 @@ def connection() -> dict[str, Any]:
         "keys": [north.settings.conf_key == KEY, south.settings.conf_key == OTHER_KEY],
         "south": south.settings.redis_url,
         "wrong": wrong,
+        "asked": asyncio.run(asked_by(1000)),
         "masked": redact(f"{OTHER_KEY} s3cret/pass"),
     }
+
+
+async def asked_by(triggers: int) -> int:
+    """Return how often Airflow is asked for the connection of so many triggers."""
+    from producers.airflow.hook import DagrelayHook
+
+    asked = 0
+
+    class Counting(DagrelayHook):
+        async def _ask(self) -> Any:
+            nonlocal asked
+            asked += 1
+            return await super()._ask()
+
+    found = await asyncio.gather(*(Counting("north").atarget() for _ in range(triggers)))
+    assert {one.airflow_name for one in found} == {"north"}
+    return asked
 
 
 def redact(text: str) -> str:
