@@ -60,12 +60,14 @@ def taken_up(task: Any, request: TriggerRequest, *, made: bool) -> TriggerReques
 
 
 def check_readable(task: Any, conf: Any) -> None:
-    """Raise Retry where a conf that is needed later can be read by another worker alone."""
+    """Have a conf that is needed later held by the request. Raises Retry where only another worker can read
+    it, and ConfGone."""
     keys = settings().confs.keys
     try:
         if is_sealed(conf):
             keys.open(conf)
         elif (reference := reference_in(conf)) is not None:
+            claim_checks().hold(reference, task.request.id)  # it may have come past our door
             keys.check(reference)
     except ConfKeyMissing as exc:
         raise left(task, exc) from exc

@@ -15,7 +15,14 @@ from redis import Redis
 
 from local.valkey import Valkey
 from producers.client import RelayClient
-from producers.contract import TRIGGER_DAG, PollRequest, TriggerRequest, is_sealed, reference_in
+from producers.contract import (
+    POLL_EXTERNAL_JOB,
+    TRIGGER_DAG,
+    PollRequest,
+    TriggerRequest,
+    is_sealed,
+    reference_in,
+)
 from producers.errors import ConfGone, ConfKeyMissing, DagNotFound, RunConflict
 from producers.fan_out import fan_out
 from producers.settings import ProducerSettings
@@ -82,6 +89,7 @@ def everything(url: str) -> bytes:
                 b"set": redis.smembers,
                 b"zset": lambda one: redis.zrange(one, 0, -1),
                 b"stream": lambda one: redis.xrange(one),
+                b"none": lambda one: None,  # it went meanwhile
             }[kind]
             found += [name, read(name)]
     return repr(found).encode()
@@ -270,6 +278,26 @@ def test_the_trigger_that_follows_a_job_gets_its_conf_and_nothing_of_it_lies_in_
     assert found == {**conf, "job": found["job"]}
     assert CANARY.encode() not in everything(valkey.url)
     until(lambda: not held(sealing))
+
+
+def test_the_conf_of_a_trigger_that_follows_a_job_past_our_door_is_held_until_its_end(
+    plain, service, valkey, airflow
+):
+    service.forget()
+    conf = {"a": "x" * 60_000}
+    plain.enqueue(TriggerRequest("d", conf, key="past")).get(timeout=30)
+    reference = airflow.runs["d", "relay__past"]["conf"]
+    stock = Celery("else", broker=valkey.url, set_as_current=False)
+    job = {"service": "train", "path": "/jobs/{job_id}", "submit": {"path": "/jobs"}, "interval_s": 0.2}
+    fields = {**job, "then": {"dag_id": "report", "conf": reference}}
+    stock.send_task(POLL_EXTERNAL_JOB, kwargs=fields, queue="jobs", task_id="past")
+
+    until(lambda: service.jobs)
+    assert plain.redis.ttl(f"dagrelay:conf:{reference['dagrelay_conf']}") == -1
+    service.end("job-1")
+    run = plain.handle(plain.handle("past").get(timeout=30).then).get(timeout=30)
+    assert plain.resolve_conf(airflow.runs["report", run.dag_run_id]["conf"])["a"] == conf["a"]
+    until(lambda: not held(plain))
 
 
 @pytest.mark.parametrize("key", ["", OTHER], ids=["no key", "another key"])
