@@ -29,7 +29,7 @@ from producers.errors import (
 )
 from producers.stores.dead import Dead
 from producers.stores.envelope import task_state_message
-from producers.stores.records import KEEP_S, Record
+from producers.stores.records import KEEP_S, Record, record_key
 from producers.stores.waits import history_key
 
 from . import metrics
@@ -117,6 +117,7 @@ def set_task_state(
         held = isinstance(exc, NoTurn) and exc.why in ("maintenance", "credentials")
         if not held and now - since >= settings().task_state_for_s:
             raise given_up(found, task, f"{now - since:.0f} s of trying are over: {exc}") from exc
+        keep_record(task_id)
         wait_s = pause_s(self.request.retries, now - since)
         log.info("task state waits task_id=%s for_s=%.1f: %s", task_id, wait_s, exc)
         kwargs = {
@@ -239,6 +240,11 @@ def note(task_id: str, words: str) -> None:
         pipe.execute()
 
 
+def keep_record(task_id: str, more_s: int = 0) -> None:
+    """Keep the record of a request that has ended, without which nobody knows what to tell its task."""
+    store_client().expire(record_key(task_id), KEEP_S + more_s)
+
+
 def given_up(found: Record, task: TaskInstance, reason: str) -> TaskStateNotSet:
     """Put it on the desk, and return the error to raise. A replay tries it again."""
     error = TaskStateNotSet(str(task), wanted_state(found), reason)
@@ -257,6 +263,7 @@ def given_up(found: Record, task: TaskInstance, reason: str) -> TaskStateNotSet:
         "reason": str(error),
     }
     known = {name: value for name, value in letter.items() if value}
+    keep_record(found.task_id, keeping().keep_s)  # the letter is to be of use as long as it is there
     warn_of_dropped(Dead(store_client()).bury(f"{found.task_id}.task", known, keeping()))
     note(found.task_id, str(error))
     log.error("task state not set task_id=%s connection=%s: %s", found.task_id, task.connection, error)

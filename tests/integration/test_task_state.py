@@ -18,6 +18,8 @@ from producers.contract import SET_TASK_STATE, TaskInstance
 from producers.settings import ProducerSettings
 from producers.stores.dead import Letter
 from producers.stores.envelope import task_state_message
+from producers.stores.letters import dead_key
+from producers.stores.records import record_key
 from tests.fake_airflow import FakeAirflow
 from tests.fake_service import FakeService
 from tests.integration.gateway import GatewayProcess
@@ -311,12 +313,14 @@ def test_a_change_whose_answer_is_lost_is_done_once(start, service, airflow, fau
     assert len(airflow.patches) == 1
 
 
-def test_refused_credentials_hold_it_and_mended_ones_let_it_go_on(start, service, airflow, parts):
+def test_refused_credentials_hold_it_and_mended_ones_let_it_go_on(start, service, airflow, parts, relay):
     task = airflow.make_task(*WHO)
     airflow.refuse_credentials = airflow.refuse_token = True
     handle = start(try_number=1)
     end(service, handle)
     until(lambda: f"task state waits task_id={handle.id}" in parts[3].text())
+    relay.redis.expire(record_key(handle.id), 60)  # as after so many days of a hold
+    until(lambda: relay.redis.ttl(record_key(handle.id)) > 3600)
     airflow.refuse_credentials = airflow.refuse_token = False
 
     assert said(handle).endswith("is set to success")
@@ -332,6 +336,8 @@ def test_a_task_that_is_not_there_is_a_dead_letter_whose_replay_tries_again(star
     assert "there is no such task instance" in (letter.reason or "")
     assert handle.get(timeout=1).state == "succeeded"  # the request itself is well
 
+    # A replay reads from the record how the request ended: it outlives the letter.
+    assert relay.redis.ttl(record_key(handle.id)) > relay.redis.ttl(dead_key(letter.id)) + 86_400
     task = airflow.make_task(*WHO)
     relay.dead.replay(letter.id)
     until(lambda: task["state"] == "success")
