@@ -281,11 +281,11 @@ def test_the_trigger_that_follows_a_job_gets_its_conf_and_nothing_of_it_lies_in_
 
 
 def test_the_conf_of_a_trigger_that_follows_a_job_past_our_door_is_held_until_its_end(
-    plain, service, valkey, airflow
+    sealing, service, valkey, airflow
 ):
     service.forget()
     conf = {"a": "x" * 60_000}
-    plain.enqueue(TriggerRequest("d", conf, key="past")).get(timeout=30)
+    sealing.enqueue(TriggerRequest("d", conf, key="past")).get(timeout=30)
     reference = airflow.runs["d", "relay__past"]["conf"]
     stock = Celery("else", broker=valkey.url, set_as_current=False)
     job = {"service": "train", "path": "/jobs/{job_id}", "submit": {"path": "/jobs"}, "interval_s": 0.2}
@@ -293,11 +293,11 @@ def test_the_conf_of_a_trigger_that_follows_a_job_past_our_door_is_held_until_it
     stock.send_task(POLL_EXTERNAL_JOB, kwargs=fields, queue="jobs", task_id="past")
 
     until(lambda: service.jobs)
-    assert plain.redis.ttl(f"dagrelay:conf:{reference['dagrelay_conf']}") == -1
+    assert sealing.redis.ttl(f"dagrelay:conf:{reference['dagrelay_conf']}") == -1
     service.end("job-1")
-    run = plain.handle(plain.handle("past").get(timeout=30).then).get(timeout=30)
-    assert plain.resolve_conf(airflow.runs["report", run.dag_run_id]["conf"])["a"] == conf["a"]
-    until(lambda: not held(plain))
+    run = sealing.handle(sealing.handle("past").get(timeout=30).then).get(timeout=30)
+    assert sealing.resolve_conf(airflow.runs["report", run.dag_run_id]["conf"])["a"] == conf["a"]
+    until(lambda: not held(sealing))
 
 
 @pytest.mark.parametrize("key", ["", OTHER], ids=["no key", "another key"])
