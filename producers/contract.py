@@ -97,7 +97,9 @@ MAX_ACTIVE_RUNS: Final = "max_active_runs"
 
 _RUN_ID = re.compile(r"[A-Za-z0-9_.~:+-]+\Z")
 _REFERENCE = re.compile(r"(?:sha256|hmac-sha256:[0-9a-f]{8}):[0-9a-f]{64}\Z")
-_TOKEN = re.compile(r"[A-Za-z0-9_=-]+\Z")
+# Fernet's: version 0x80, a time of 64 bits (before 2106), 16 bytes, at least a block, 32 bytes. What could never
+# be opened by anybody is refused: else its request would wait for a worker with its key for ever.
+_TOKEN = re.compile(r"gAAAAA[A-Za-z0-9_-]{92,}={0,2}\Z")
 # Airflow's own prefixes: the API answers 400 to a run id that begins with one of them.
 _RESERVED_RUN_IDS = ("scheduled__", "backfill__", "asset_triggered__", "dataset_triggered__")
 _DAG_ID = re.compile(r"[\w.-]+\Z")
@@ -268,7 +270,7 @@ def is_sealed(conf: Any) -> bool:
     if not isinstance(conf, dict) or len(conf) != 1:
         return False
     token = conf.get(SEALED)
-    return isinstance(token, str) and _TOKEN.match(token) is not None
+    return isinstance(token, str) and len(token) % 4 == 0 and _TOKEN.match(token) is not None
 
 
 def canonical_json(conf: Mapping[str, Any]) -> bytes:

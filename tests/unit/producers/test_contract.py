@@ -149,6 +149,11 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         {"conf": {"dagrelay_sealed": CANARY, "a": 1}},
         "has the key 'dagrelay_sealed'",
     ),
+    (
+        "a sealed conf that nobody's key could open",
+        {"conf": {"dagrelay_sealed": f"{CANARY}{'A' * 200}"}},
+        "has the key 'dagrelay_sealed'",
+    ),
     ("key empty", {"key": ""}, "key: "),
     ("key number", {"key": 5}, "key: "),
     ("key bytes", {"key": CANARY.encode()}, "key: "),
