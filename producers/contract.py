@@ -97,8 +97,8 @@ MAX_ACTIVE_RUNS: Final = "max_active_runs"
 
 _RUN_ID = re.compile(r"[A-Za-z0-9_.~:+-]+\Z")
 _REFERENCE = re.compile(r"(?:sha256|hmac-sha256:[0-9a-f]{8}):[0-9a-f]{64}\Z")
-# Fernet's: version 0x80, a time of 64 bits (before 2106), 16 bytes, at least a block, 32 bytes. What could never
-# be opened by anybody is refused: else its request would wait for a worker with its key for ever.
+# Fernet's: version 0x80, a time of 64 bits (before 2106), 16 bytes, at least a block, 32 bytes. What nobody
+# could ever open is refused: else its request would wait for a worker with its key without end.
 _TOKEN = re.compile(r"gAAAAA[A-Za-z0-9_-]{92,}={0,2}\Z")
 # Airflow's own prefixes: the API answers 400 to a run id that begins with one of them.
 _RESERVED_RUN_IDS = ("scheduled__", "backfill__", "asset_triggered__", "dataset_triggered__")
