@@ -114,8 +114,8 @@ def one(parts: Parts, parent: str, child: str, run_id: str, *, resumes: bool) ->
     before = parts.sql(f"SELECT coalesce(max(id), 0) FROM dag_run WHERE dag_id = '{child}'")[0][0]  # noqa: S608
     start(parts, parent, run_id)
     ended(parts, parent, run_id)
-    ours, childs = ("t.end_date", "c.end_date") if resumes else ("t.start_date", "c.queued_at")
-    order = f"{ours} - {childs}" if resumes else f"{childs} - {ours}"
+    ours, child_at = ("t.end_date", "c.end_date") if resumes else ("t.start_date", "c.queued_at")
+    order = f"{ours} - {child_at}" if resumes else f"{child_at} - {ours}"
     rows = parts.sql(
         f"SELECT extract(epoch FROM {order}) FROM task_instance t, dag_run c "  # noqa: S608
         f"WHERE t.dag_id = '{parent}' AND t.run_id = '{run_id}' AND t.task_id = 'start' "

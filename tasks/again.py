@@ -11,7 +11,7 @@ from celery.utils.log import get_logger
 
 from producers.contract import VERSION
 from producers.errors import InvalidRequest, error_from
-from producers.stores.records import Record
+from producers.stores.records import KEEP_S, Record, record_key
 
 from .app import records, said, store_client
 
@@ -79,3 +79,8 @@ def retry(task: Any, exc: Exception, wait_s: float) -> Retry:
     log.info("waits task_id=%s for_s=%.1f: %s", task.request.id, wait_s, said(exc))
     found: Retry = task.retry(countdown=wait_s, exc=exc)
     return found
+
+
+def keep_record(task_id: str, more_s: int = 0) -> None:
+    """Keep the record of a request that has ended, without which nobody knows what to tell of its end."""
+    store_client().expire(record_key(task_id), KEEP_S + more_s)

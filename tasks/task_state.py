@@ -29,11 +29,11 @@ from producers.errors import (
 )
 from producers.stores.dead import Dead
 from producers.stores.envelope import task_state_message
-from producers.stores.records import KEEP_S, Record, record_key
+from producers.stores.records import KEEP_S, Record
 from producers.stores.waits import history_key
 
 from . import metrics
-from .again import BACKOFF_BASE_S, leave_newer, redis_now
+from .again import BACKOFF_BASE_S, keep_record, leave_newer, redis_now
 from .airflow.client import TaskView
 from .app import RelayTask, app, records, said, store_client
 from .results import keeping, warn_of_dropped
@@ -238,11 +238,6 @@ def note(task_id: str, words: str) -> None:
         pipe.rpush(history_key(task_id), f"{redis_now():.3f} {' '.join(words.split())}")
         pipe.expire(history_key(task_id), KEEP_S)
         pipe.execute()
-
-
-def keep_record(task_id: str, more_s: int = 0) -> None:
-    """Keep the record of a request that has ended, without which nobody knows what to tell its task."""
-    store_client().expire(record_key(task_id), KEEP_S + more_s)
 
 
 def given_up(found: Record, task: TaskInstance, reason: str) -> TaskStateNotSet:

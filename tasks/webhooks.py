@@ -31,7 +31,7 @@ from producers.stores.records import Record
 from producers.stores.signing import sign_github, sign_standard
 
 from . import metrics
-from .again import leave_newer, redis_now
+from .again import keep_record, leave_newer, redis_now
 from .app import RelayTask, app, records, store_client
 from .hooks import PLACES, Hook, hook_sender
 from .http import HttpRequest, HttpResponse, NoAnswer, retry_after_s
@@ -289,6 +289,7 @@ def given_up(found: Record, hook: str, tried: Sequence[Sequence[Any]], error: Da
         "history": "\n".join(f"{at:.3f} attempt {n} failed: {why}" for n, (at, why) in enumerate(tried, 1)),
     }
     known = {name: value for name, value in letter.items() if value}
+    keep_record(found.task_id, keeping().keep_s)  # the letter is to be of use as long as it is there
     warn_of_dropped(Dead(store_client()).bury(f"{found.task_id}.end.{hook}", known, keeping()))
     metrics.count_webhook(hook, "given_up")
     log.error("webhook given up task_id=%s hook=%s attempt=%d: %s", found.task_id, hook, len(tried), error)

@@ -22,7 +22,8 @@ from producers.cli import main
 from producers.client import RelayClient
 from producers.contract import PollRequest, TriggerRequest
 from producers.fan_out import fan_out
-from producers.stores.records import store
+from producers.stores.letters import dead_key
+from producers.stores.records import record_key, store
 from tests.fake_airflow import FakeAirflow
 from tests.integration.test_trigger import until
 from tests.webhook_receiver import Got, WebhookReceiver
@@ -206,6 +207,8 @@ def test_at_the_end_it_is_a_dead_letter_whose_replay_tells_it_again(relay, start
     assert CONF not in str(whole)
     assert len(told(receiver, handle.id, 3)) == 3
     assert relay.record(handle.id).state == "done"  # the request is not concerned
+    ttl_s = [relay.redis.ttl(key) for key in (record_key(handle.id), dead_key(letter.id))]
+    assert ttl_s[0] > ttl_s[1]  # a replay reads in the record what is to be told
     assert "webhook given up" in worker.text()
 
     receiver.answer = lambda number, got: (204, {})
