@@ -44,7 +44,7 @@ def run(*argv: str | Path, cwd: Path | None = None, **env: str) -> subprocess.Co
         [str(part) for part in argv],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,  # Go compiles its library the first time
         cwd=cwd,
         env=clean_env(**env),
     )
