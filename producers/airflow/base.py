@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -108,12 +109,12 @@ class RelayOperator(BaseOperator):  # type: ignore[misc]
 
     # What each operator says of its work
 
+    @abstractmethod
     def hand_over(self, client: RelayClient, request_id: str, context: Any, served: serving.Served) -> None:
         """Hand the request over under this id: once more, where it is on record already, is no harm.
 
         Raises the errors of `.delay()`.
         """
-        raise NotImplementedError
 
     def outcome(self, context: Any, client: RelayClient, request_id: str) -> Any:
         """Return what becomes the task's XCom, of a request that has ended. Raises what ended it."""
@@ -124,7 +125,7 @@ class RelayOperator(BaseOperator):  # type: ignore[misc]
     def execute(self, context: Any) -> Any:
         """Hand over, or find what an earlier try has handed over; then wait for it."""
         self._began_at = context["ti"].start_date
-        with self._told():
+        with _told_to_airflow(self):
             target, client = self._reach()
             request_id = self._request_for(context, target, client)
             self._link(target, request_id)
@@ -139,7 +140,7 @@ class RelayOperator(BaseOperator):  # type: ignore[misc]
 
     def execute_complete(self, context: Any, event: dict[str, Any]) -> Any:
         """Take the outcome, when the trigger has seen the request end."""
-        with self._told():
+        with _told_to_airflow(self):
             target, client = self._reach()
             request_id = self._request_id = str(event["request_id"])
             self._link(target, request_id)
@@ -156,7 +157,7 @@ class RelayOperator(BaseOperator):  # type: ignore[misc]
             return super().resume_execution(next_method, next_kwargs, context)
         self._began_at = context["ti"].start_date
         words = str((next_kwargs or {}).get("error", ""))
-        with self._told():
+        with _told_to_airflow(self):
             target, client = self._reach()
             request_id = self._request_id = self._served_by(context, target, client)
         if request_id is None:
@@ -191,9 +192,6 @@ class RelayOperator(BaseOperator):  # type: ignore[misc]
             client.redis.close()
 
     # The steps
-
-    def _told(self) -> _told_to_airflow:
-        return _told_to_airflow(self)
 
     def _reach(self) -> tuple[RelayTarget, RelayClient]:
         self._target = DagrelayHook(self.relay_conn_id).target
@@ -272,7 +270,7 @@ class RelayOperator(BaseOperator):  # type: ignore[misc]
 
     def _wait_here(self, context: Any, target: RelayTarget, client: RelayClient, request_id: str) -> Any:
         """Wait in this process until the request has ended, and take its outcome."""
-        with self._told():
+        with _told_to_airflow(self):
             if not self._wait_for_end(client, request_id, self._left_s()):
                 self.on_kill()
                 raise self.overdue_error(f"request {request_id} has not ended in time")
@@ -378,7 +376,7 @@ go on unseen and would be started twice."""
 class _told_to_airflow:
     """Turn our errors into Airflow's: into a failure for good where a retry is not wanted (`NO_RETRY`)."""
 
-    def __init__(self, operator: RelayOperator | None = None) -> None:
+    def __init__(self, operator: RelayOperator) -> None:
         self._operator = operator
 
     def __enter__(self) -> None:
@@ -388,7 +386,7 @@ class _told_to_airflow:
         if not isinstance(exc, DagrelayError):
             return
         told = AirflowFailException if isinstance(exc, NO_RETRY) else AirflowException
-        if isinstance(exc, BrokerUnavailable) and self._operator is not None and self._operator._target:
+        if isinstance(exc, BrokerUnavailable) and self._operator._target:
             where = urlsplit(self._operator._target.settings.redis_url)
             at = f"{where.hostname}:{where.port or 6379}" if where.hostname else where.path
             conn = self._operator.relay_conn_id
