@@ -314,17 +314,11 @@ class RelayTriggerDagRunOperator(RelayOperator):
         fields |= {
             "dag_id": self.trigger_dag_id,
             "run_after": self.run_after,
-            "note": self.note or None,
             "connection": self.connection,
-            "result_from": self.result_from or None,
-            "wait_timeout_s": self.wait_timeout_s,
-            "stop_run": self.stop_run or None,
-            "if_paused": "fail" if self.fail_when_dag_is_paused else self.if_paused,
-            "window": self.window,
-            "priority": self.priority,
-            "give_up_after_s": self.give_up_after_s,
-            "conf_by": self.conf_by,
+            **_given_alike(self),
         }
+        if self.fail_when_dag_is_paused:
+            fields["if_paused"] = "fail"
         if for_form:
             fields = known_now(fields)
         fields["run_after"] = instant_of("run_after", fields.get("run_after"))
@@ -446,15 +440,7 @@ class RelayFanOutOperator(RelayOperator):
         return {
             **({"dag_id": self.trigger_dag_id} if self.trigger_dag_id is not None else {}),
             "connection": self.connection or None,
-            "note": self.note or None,
-            "result_from": self.result_from or None,
-            "wait_timeout_s": self.wait_timeout_s,
-            "stop_run": self.stop_run or None,
-            "if_paused": self.if_paused,
-            "window": self.window,
-            "priority": self.priority,
-            "give_up_after_s": self.give_up_after_s,
-            "conf_by": self.conf_by,
+            **_given_alike(self),
             "wait": self.wait_for_completion or None,
         }
 
@@ -490,6 +476,21 @@ class RelayFanOutOperator(RelayOperator):
 
 
 # What is asked for
+
+
+def _given_alike(operator: RelayTriggerDagRunOperator | RelayFanOutOperator) -> dict[str, Any]:
+    """Return the fields of a request that both operators take as their own arguments."""
+    return {
+        "note": operator.note or None,
+        "result_from": operator.result_from or None,
+        "wait_timeout_s": operator.wait_timeout_s,
+        "stop_run": operator.stop_run or None,
+        "if_paused": operator.if_paused,
+        "window": operator.window,
+        "priority": operator.priority,
+        "give_up_after_s": operator.give_up_after_s,
+        "conf_by": operator.conf_by,
+    }
 
 
 def _name(operator: RelayOperator, context: Any) -> str:
