@@ -7,6 +7,7 @@ secret, a callback's token for one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import traceback
@@ -40,6 +41,10 @@ SPARE_BODIES_BYTES: Final = 128 * 1024 * 1024
 UNPROVEN_BODIES: Final = 32
 """So many of the largest size are held of those without a key: a signature is of the whole body."""
 
+LINGER_BYTES: Final = 16 * 1024 * 1024
+LINGER_S: Final = 5.0
+"""A refusal waits for so much of a body, and for so long, before it closes the connection."""
+
 BUSY: Final = "too many requests at once: the request was not taken, send it again"
 
 
@@ -60,10 +65,10 @@ class Front:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
-        answer = _Answer(send)
         unproven = scope["path"].startswith(PROVE_THEMSELVES)
         room = self._unproven_room if unproven else self._room
         body = _Body(receive, room, self._settings.body_timeout_s)
+        answer = _Answer(send, scope, body)
         self._in_flight += 1
         self._unproven += unproven
         try:
@@ -88,6 +93,7 @@ class Front:
             self._unproven -= unproven
             body.let_go()
             self._tell(scope, answer.status, time.perf_counter() - began)
+        await answer.finish()  # it takes no place any more: who may not ask keeps nobody out by being slow
 
     def _tell(self, scope: Scope, status: int, took_s: float) -> None:
         state = scope.get("state", {})
@@ -196,6 +202,15 @@ class _Body:
         self._deadline: float | None = None
         self._whole = False
 
+    async def throw_away(self, most: int, within_s: float) -> None:
+        """Take what still comes of it, and keep nothing: up to so many bytes, and for so long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                while not self._whole and most > 0:
+                    message = await self._receive()
+                    most -= len(message.get("body", b""))
+                    self._whole = not message.get("more_body", False)
+
     async def __call__(self) -> Message:
         if self._whole:  # what comes now is that the sender has gone
             return await self._receive()
@@ -231,18 +246,36 @@ class _Body:
 class _Answer:
     """The way to the sender; knows what has gone out."""
 
-    __slots__ = ("_send", "headers", "status")
+    __slots__ = ("_asked", "_body", "_lingers", "_send", "headers", "status")
 
-    def __init__(self, send: Send) -> None:
-        self._send, self.status = send, 0
+    def __init__(self, send: Send, scope: Scope, body: _Body) -> None:
+        self._send, self._asked, self._body, self.status = send, scope["headers"], body, 0
         self.headers: tuple[tuple[bytes, bytes], ...] = ()
+        self._lingers = False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             if self.headers:
                 message["headers"] = [*message.get("headers", ()), *self.headers]
+            if self.status >= 400 and self.status != 408:  # that sender has had all the time there is
+                self._lingers = any(
+                    name.lower() == b"connection" and value.lower() == b"close"
+                    for name, value in (*message.get("headers", ()), *self._asked)
+                )
+        elif self._lingers and not message.get("more_body", False):
+            message = {**message, "more_body": True}  # its end comes with `finish`
         await self._send(message)
+
+    async def finish(self) -> None:
+        """End a refusal that went out while its body was still coming.
+
+        Whoever is still sending reads it only afterwards, and a connection closed under them takes it away:
+        RFC 9112, section 9.6.
+        """
+        if self._lingers:
+            await self._body.throw_away(LINGER_BYTES, LINGER_S)
+            await self._send({"type": "http.response.body", "body": b""})
 
     async def refuse(self, problem: Problem, scope: Scope, receive: Receive) -> None:
         if not self.status:

@@ -272,6 +272,45 @@ def test_a_large_body_is_refused_by_what_it_says_and_by_what_it_is(gateway, redi
     assert gateway.ask("GET", "/livez").status == 200
 
 
+def test_whoever_is_still_sending_hears_why_not(gateway, redis):
+    """A connection that is closed under a sender takes the answer away with it."""
+    large = b"x" * (3 * 1024 * 1024)
+    for way in (f"Content-Length: {len(large)}", "Transfer-Encoding: chunked"):
+        for _ in range(5):
+            with gateway.connect() as line:
+                line.sendall(_head(gateway, way))
+                if "chunked" in way:
+                    for at in range(0, len(large), 65536):
+                        line.sendall(b"10000\r\n" + large[at : at + 65536] + b"\r\n")
+                    line.sendall(b"0\r\n\r\n")
+                else:
+                    line.sendall(large)
+                answer = b""
+                while more := line.recv(4000):
+                    answer += more
+            assert answer.startswith(b"HTTP/1.1 413 "), answer
+            assert b"over the limit" in answer
+
+    with gateway.connect() as line:  # as Ruby and others ask, each time; and nobody's key
+        line.sendall(b"POST /v1/dags/a/runs HTTP/1.1\r\nHost: a\r\nConnection: close\r\n")
+        line.sendall(b"Authorization: Bearer nobody\r\nContent-Length: %d\r\n\r\n" % len(large) + large)
+        answer = b""
+        while more := line.recv(4000):
+            answer += more
+    assert answer.startswith(b"HTTP/1.1 401 "), answer
+
+
+def test_who_is_refused_and_goes_on_sending_slowly_takes_nobodys_place(store, redis, tmp_path):
+    env = {"DAGRELAY_GATEWAY_MAX_IN_FLIGHT": "5", "DAGRELAY_GATEWAY_MAX_STREAMS": "5"}
+    with GatewayProcess(store.url, tmp_path, **env) as gateway, contextlib.ExitStack() as stack:
+        for _ in range(30):
+            line = stack.enter_context(gateway.connect())
+            line.sendall(b"POST /v1/dags/a/runs HTTP/1.1\r\nHost: a\r\nConnection: close\r\n")
+            line.sendall(b"Authorization: Bearer nobody\r\nContent-Length: 1000\r\n\r\n{")
+        assert line.recv(4000).startswith(b"HTTP/1.1 401 ")
+        assert gateway.run().status == 202
+
+
 def test_a_slow_body_is_cut_off(gateway, redis):
     with gateway.connect() as line:
         line.sendall(_head(gateway, "Content-Length: 1000") + b"{")
