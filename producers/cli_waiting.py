@@ -249,6 +249,8 @@ def status(task_id: str, output: str) -> None:
             value = json.dumps(value)
         elif not value:  # nothing was retried, held, …
             continue
+        elif name == "outcome":
+            value = json.dumps(value)
         click.echo(f"{name:14} {printable(str(value))}")
     if waiting is not None:
         if waiting.next_look_at is not None:

@@ -48,9 +48,10 @@ class NotHandedOver(Reject):
         """Whether the message may be the reason, and not Redis: it is not to come back for ever."""
 
 
-RECORDED_RUN_BYTES = 4096
-"""What a record keeps of a run, 14 days long. A larger one is so because of its XCom: that is in the result,
-for as long as results are kept, and in the outcome of a fan-out."""
+RECORDED_BYTES = 4096
+"""What a record keeps of a run, or of a job's outcome, 14 days long. A larger one is so for what a task of the
+run, or the job, has returned: that is in the result, for as long as results are kept, and in a fan-out's
+outcome."""
 
 HOOK = re.compile(r"[A-Za-z0-9_]{1,100}\Z")
 MAX_HOOKS = 5
@@ -302,14 +303,16 @@ def _whom_to_tell(task_id: str, request: Any) -> dict[str, str]:
 
 def _of_outcome(state: State, result: Any) -> dict[str, str]:
     """Return why it waits or how it ended. Results are our own, and hold neither conf nor secret."""
-    if state == "done" and isinstance(result, dict) and "service" in result:  # the result is too large for it
-        return {"reason": "", "seen": str(result.get("state"))[:64]}
+    if state == "done" and isinstance(result, dict) and "service" in result:
+        found = {"reason": "", "seen": str(result.get("state"))[:64]}
+        text = json.dumps(result)
+        return found | ({"outcome": text} if len(text) <= RECORDED_BYTES else {})
     if state == "done":
         run = result if isinstance(result, dict) and "dag_run_id" in result else None
         if run is None:
             return {"reason": ""}
         found = {"reason": "", "run": json.dumps(run)}
-        if len(found["run"]) > RECORDED_RUN_BYTES:
+        if len(found["run"]) > RECORDED_BYTES:
             found["run_kept"] = json.dumps({**run, "result": None})
         return found
     if isinstance(result, dict):  # an exception as Celery keeps it

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Final, NoReturn
 from urllib.parse import urlsplit
 
 from ..client import RelayClient, new_task_id, told_as_unavailable
+from ..contract import JobOutcome
 from ..errors import (
     BrokerUnavailable,
     ConfigurationError,
@@ -33,6 +34,7 @@ from ..errors import (
     ResultExpired,
     SubmitUnknown,
 )
+from ..handle import outcome_error
 from ..stores import serving
 from ..stores.standing import Standing, look
 from .compat import AirflowException, AirflowFailException, BaseOperator, get_listener_manager
@@ -118,7 +120,7 @@ class RelayOperator(BaseOperator):  # type: ignore[misc]
 
     def outcome(self, context: Any, client: RelayClient, request_id: str) -> Any:
         """Return what becomes the task's XCom, of a request that has ended. Raises what ended it."""
-        return client.handle(request_id).get(timeout=WAIT_STEP_S).to_message()
+        return ended_as(client, request_id).to_message()
 
     # What Airflow calls
 
@@ -319,11 +321,30 @@ class RelayOperator(BaseOperator):  # type: ignore[misc]
                     raise
                 self.log.warning("%s; asked again for the outcome", exc)
                 time.sleep(2)
-            except ResultExpired:
-                # It ended well long ago; whoever asks now is to begin anew.
+            except ResultExpired:  # it ended well, and what it yielded is gone: the next try is to begin anew
                 with told_as_unavailable():
                     serving.forget(client.redis, name_of(context, target.airflow_name), request_id)
                 raise
+
+
+def ended_as(client: RelayClient, request_id: str) -> Any:
+    """Return the outcome of a request that has ended, or raise how it did.
+
+    Where that was over a day ago, while this Airflow was away, as it is on record: a job that took a night is
+    not started again for want of its result, nor one that somebody cancelled. Raises ResultExpired where what
+    was asked for is not on record.
+    """
+    try:
+        return client.handle(request_id).get(timeout=WAIT_STEP_S)
+    except ResultExpired:
+        found = client.record(request_id)
+        if found is not None and found.state in ("failed", "cancelled"):
+            status = "FAILURE" if found.state == "failed" else "REVOKED"
+            error = {"exc_type": found.error, "exc_message": found.error_args}
+            raise outcome_error(status, error) from None
+        if found is not None and found.outcome is not None:
+            return JobOutcome.from_message(found.outcome)
+        raise
 
 
 def name_of(context: Any, airflow_name: str) -> str:

@@ -44,7 +44,7 @@ from ..stores import serving
 from ..stores.claim_check import ConfKeys
 from ..stores.fan_outs import FanOuts
 from ..stores.records import Record, record_key
-from .base import WAIT_STEP_S, RelayOperator, asked_by, has_template, name_of
+from .base import RelayOperator, asked_by, ended_as, has_template, name_of
 from .compat import AIRFLOW_3, AirflowException, AirflowSkipException, parse_datetime
 from .hook import DagrelayHook, RelayTarget, client_for
 from .links import TRIGGERED_URL, FlowerLink, TriggeredDagLink
@@ -225,7 +225,7 @@ class RelayTriggerDagRunOperator(RelayOperator):
     def outcome(self, context: Any, client: RelayClient, request_id: str) -> Any:
         """Return the facts of the run, or its result. Raises what ended it, or that its state will not do."""
         try:
-            run = client.handle(request_id).get(timeout=WAIT_STEP_S)
+            run = ended_as(client, request_id)
         except (RunExists, RunConflict, LogicalDateTaken) as exc:
             if _truth("skip_when_already_exists", self.skip_when_already_exists):
                 raise AirflowSkipException(str(exc)) from None
@@ -235,7 +235,7 @@ class RelayTriggerDagRunOperator(RelayOperator):
             if not self._is_good("failed") or found is None or found.run is None:
                 raise
             run = DagRun.from_message({**found.run, "state": "failed"})
-        except ResultExpired:  # a day ago, while this Airflow was away: what is on record will do
+        except ResultExpired:  # unless it is the result of one of its tasks, what is on record will do
             found = client.record(request_id)
             if self.result_from or found is None or found.state != "done" or found.run is None:
                 raise
@@ -420,7 +420,7 @@ class RelayFanOutOperator(RelayOperator):
 
     def outcome(self, context: Any, client: RelayClient, request_id: str) -> Any:
         """Return the outcomes. Raises AirflowException, naming the first, where too many did not end well."""
-        ended: list[Outcome] = client.handle(request_id).get(timeout=WAIT_STEP_S)
+        ended: list[Outcome] = ended_as(client, request_id)
         outcomes = [one.to_message() for one in ended]
         context["ti"].xcom_push(key=SUMMARY, value=summary_of(request_id, outcomes))
         bad = [(index, one) for index, one in enumerate(ended) if one.state != "done"]

@@ -13,7 +13,7 @@ from ..contract import Call, Find, JobOutcome, PollRequest, Publish, Submit, Tri
 from ..errors import DagrelayError, InvalidRequest
 from ..stores.serving import Served
 from ..stubs import poll_external_job
-from .base import WAIT_STEP_S, RelayOperator, asked_by, has_template
+from .base import RelayOperator, asked_by, ended_as, has_template
 from .triggers import RelayTrigger
 
 FIELDS: Final = tuple(name for name in PollRequest.model_fields if name != "task_instance")
@@ -141,7 +141,7 @@ class ExternalJobOperator(RelayOperator):
 def take_outcome(ti: Any, client: RelayClient, request_id: str) -> Any:
     """Return the result of a job that has ended, and push what else is known of it. Raises what ended it."""
     try:
-        outcome = client.handle(request_id).get(timeout=WAIT_STEP_S)
+        outcome = ended_as(client, request_id)
     except DagrelayError:
         found = client.record(request_id)
         if found is not None and found.job_id:

@@ -30,6 +30,7 @@ line            worker       the line in which it waits; plain: who drains that 
 reason          worker       why it waits, or why it ended so
 error           worker       the class in `errors` that ended it, with error_args as JSON
 run             worker       the run that it ended in, as JSON
+outcome         worker       how a job ended, as JSON, where that is not long
 ended_at        worker       when it ended
 corrected_at    worker       when an unknown outcome was found to be a run after all
 fan_out         caller       the fan-out that it is part of (its own id: it is the fan-out)
@@ -387,6 +388,7 @@ class Record:
     error: str | None = None
     error_args: list[Any] | None = None
     run: dict[str, Any] | None = None
+    outcome: dict[str, Any] | None = None
     ended_at: float | None = None
     corrected_at: float | None = None
     waits_for: str | None = None
@@ -548,6 +550,7 @@ class Records:
             held_s=float(found.get("held_s", 0)),
             error_args=json.loads(found["error_args"]) if found.get("error_args") else None,
             run=json.loads(found["run"]) if found.get("run") else None,
+            outcome=json.loads(found["outcome"]) if found.get("outcome") else None,
             waits_for=found.get("waits_for"),
             waiting_since=_number(found.get("waiting_since")),
             seen=found.get("seen"),

@@ -128,6 +128,16 @@ def test_a_job_is_submitted_once_followed_and_its_result_comes_back(start, servi
     assert (record.state, record.seen, record.job_id) == ("done", "Succeeded", "job-1")
     assert record.service == "train"
     assert record.submitting_at <= record.submitted_at <= record.ended_at
+    assert JobOutcome.from_message(record.outcome) == handle.get()  # and is kept for longer
+
+
+def test_a_long_result_is_not_on_record(start, service):
+    handle = start(result="out")
+    until(lambda: service.looks["job-1"])
+    service.end("job-1", out="x" * 5000)
+
+    assert handle.get(timeout=10).result == "x" * 5000
+    assert handle.record().outcome is None
 
 
 def test_a_job_that_runs_already_is_followed_by_its_id(start, service):

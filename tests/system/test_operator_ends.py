@@ -43,6 +43,13 @@ def test_the_triggerer_ends_what_it_can_end_as_a_worker_would(airflow, tmp_path)
     assert said["taken"] == ["TaskSuccessEvent", {}, [["return_value", "t", 3]]]
     assert said["refused"] == ["TriggerEvent", {}, []]
     # Not run again for want of a result, which Celery keeps for a day.
-    assert said["taken_late"]["dag_run_id"] == "r"
+    late = said["taken_late"]
+    assert (late["run"]["state"], late["failed run that may"]["state"]) == ("success", "failed")
+    assert late["job"] == 7
+    assert late["long result"].startswith("AirflowException: ResultExpired")
+    assert late["failed"].startswith("AirflowException: ExternalJobFailed")
+    # Nor is started again what somebody ended, or what may go on unseen.
+    assert late["cancelled"].startswith("AirflowFailException: RequestCancelled")
+    assert late["unknown"].startswith("AirflowFailException: SubmitUnknown")
     assert said["flower_url"] == "https://flower.example.org"  # Airflow reads no URI with a second ://
     assert said["cancelled"] == [["old"], []]

@@ -16,6 +16,8 @@ except ImportError:  # Airflow 2
     from airflow.models.xcom import XCom
 
 from producers.airflow import triggers
+from producers.airflow.base import _told_to_airflow
+from producers.airflow.compat import AirflowException
 from producers.airflow.hook import DagrelayHook
 from producers.airflow.operators import ExternalJobOperator, RelayTriggerDagRunOperator
 from producers.errors import ResultExpired
@@ -43,6 +45,7 @@ class WithItsOwnBeginning(RelayTriggerDagRunOperator):
 
 JOB = {"service": "train", "path": "/jobs/{job_id}", "job_id": "1"}
 RUN = {"trigger_dag_id": "child"}
+RAN = {"dag_id": "child", "dag_run_id": "r", "state": "success", "created": True}
 TASKS: dict[str, tuple[type, dict[str, Any]]] = {
     "plain": (RelayTriggerDagRunOperator, RUN),
     "its own beginning": (WithItsOwnBeginning, RUN),
@@ -105,22 +108,69 @@ def cancelled(*, cancel_on_kill: bool) -> list[str]:
     return found
 
 
-def taken_late() -> Any:
-    """Return the outcome of a run that ended so long ago that only its record is kept."""
+def taken_late(kind: type, given: dict[str, Any], **record: Any) -> Any:
+    """Return the outcome of a request that ended so long ago that only its record is kept, or its error."""
 
     def get(**_: Any) -> None:
         raise ResultExpired("r", "done", "")
 
-    run = {"dag_id": "child", "dag_run_id": "r", "state": "success", "created": True}
-    record = Record("r", state="done", run=run)
-    client = SimpleNamespace(handle=lambda _: SimpleNamespace(get=get), record=lambda _: record)
+    client = SimpleNamespace(
+        handle=lambda _: SimpleNamespace(get=get), record=lambda _: Record("r", **record), redis=None
+    )
+    serving.forget = lambda *_: None
     with DAG("late", schedule=None, catchup=False):
-        task = RelayTriggerDagRunOperator(task_id="t", wait_for_completion=True, **RUN)
-    return task.outcome({}, client, "r")
+        task = kind(task_id="t", **given)
+    ti = SimpleNamespace(dag_id="d", task_id="t", run_id="r", map_index=-1, xcom_push=lambda key, value: None)
+    try:
+        with _told_to_airflow(task):
+            return task._end({"ti": ti}, SimpleNamespace(airflow_name=""), client, "r")
+    except AirflowException as exc:
+        return f"{type(exc).__name__}: {exc}"
+
+
+WAITED = RUN | {"wait_for_completion": True}
+LATE = {
+    "run": (RelayTriggerDagRunOperator, WAITED, {"state": "done", "run": RAN}),
+    "failed run that may": (
+        RelayTriggerDagRunOperator,
+        WAITED | {"allowed_states": ["failed"], "failed_states": []},
+        {
+            "state": "failed",
+            "error": "DagRunFailed",
+            "error_args": ["child", "r", None],
+            "run": RAN | {"state": "failed"},
+        },
+    ),
+    "job": (
+        ExternalJobOperator,
+        JOB,
+        {"state": "done", "outcome": {"service": "train", "job_id": "1", "state": "done", "result": 7}},
+    ),
+    "long result": (ExternalJobOperator, JOB, {"state": "done"}),
+    "cancelled": (
+        ExternalJobOperator,
+        JOB,
+        {"state": "cancelled", "error": "TaskRevokedError", "error_args": ["asked by ops"]},
+    ),
+    "unknown": (
+        ExternalJobOperator,
+        JOB,
+        {"state": "failed", "error": "SubmitUnknown", "error_args": ["train", "ref", "a timeout"]},
+    ),
+    "failed": (
+        ExternalJobOperator,
+        JOB,
+        {
+            "state": "failed",
+            "error": "ExternalJobFailed",
+            "error_args": ["train", "1", "failed", "out of memory"],
+        },
+    ),
+}
 
 
 said = {
-    "taken_late": taken_late(),
+    "taken_late": {name: taken_late(kind, given, **record) for name, (kind, given, record) in LATE.items()},
     "in_triggerer": in_triggerer(),
     "taken": asyncio.run(event(refused=False)),
     "refused": asyncio.run(event(refused=True)),
