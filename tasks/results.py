@@ -49,9 +49,9 @@ class NotHandedOver(Reject):
 
 
 RECORDED_BYTES = 4096
-"""What a record keeps of a run, or of a job's outcome, 14 days long. A larger one is so for what a task of the
-run, or the job, has returned: that is in the result, for as long as results are kept, and in a fan-out's
-outcome."""
+"""What a record keeps of a run, or of a job's outcome, 14 days long. A larger one is so for what a task of
+the run, or the job, has returned: that is in the result, for as long as results are kept, and in the outcome
+of a fan-out."""
 
 HOOK = re.compile(r"[A-Za-z0-9_]{1,100}\Z")
 MAX_HOOKS = 5
