@@ -797,7 +797,8 @@ class TaskInstance(_Request):
         instances of one that is.
     try_number
         Which try of it waits for the job, from 1. A task that has been cleared, or tried again, since then is
-        left alone. Without it, so is a task that began after the request was accepted.
+        left alone. Without it, so is one in a later try than its first that began after the request was
+        accepted.
     connection
         In which Airflow: the worker knows it as `AIRFLOW_CONN_<ID>`.
     """

@@ -188,11 +188,12 @@ def why_left_alone(view: TaskView, task: TaskInstance, state: str, accepted_at: 
         if view.try_number == task.try_number:
             return ""
         return f"it is at try {view.try_number}, and try {task.try_number} waited for the job"
-    if view.start_date is not None and accepted_at is not None:
+    # In its first try a task runs anew in no case; and each poke of one that reschedules itself begins again.
+    if view.try_number > 1 and view.start_date is not None and accepted_at is not None:
         if view.start_date.timestamp() > accepted_at + CLOCKS_S:
             return "it began after the request was accepted"
         # Again to a worker after it was deferred; or anew, and the date is that of the try before.
-        if view.state in ("scheduled", "queued") and view.try_number > 1:
+        if view.state in ("scheduled", "queued"):
             raise NotYetKnown("its newest try has not begun")
     return ""
 

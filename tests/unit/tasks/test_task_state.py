@@ -124,6 +124,12 @@ def test_without_a_try_what_began_afterwards_is_left_alone(began_s, alone):
     assert why == ("it began after the request was accepted" if alone else "")
 
 
+@pytest.mark.parametrize("state", ["running", "up_for_reschedule", "queued", "deferred"])
+def test_without_a_try_the_first_one_is_set_whenever_it_began(state):
+    """Airflow has a task that reschedules itself begin anew at each poke."""
+    assert why_left_alone(view(state, 1, 3600), TASK, "success", ACCEPTED_AT) == ""
+
+
 @pytest.mark.parametrize("state", ["scheduled", "queued"])
 def test_without_a_try_it_is_waited_until_a_later_one_shows_itself(state):
     """After it was deferred the date is its own, before a new try it is that of the last."""
