@@ -26,7 +26,7 @@ from celery.exceptions import Ignore
 from celery.utils.log import get_logger
 from redis.exceptions import RedisError
 
-from producers.contract import GIVE_UP_AFTER_S, QUEUE_TRIGGERS, TRIGGER_DAG
+from producers.contract import GIVE_UP_AFTER_S, QUEUE_TRIGGERS, TRIGGER_DAG, reference_in
 from producers.errors import AirflowUnavailable, CredentialsRefused
 from producers.stores.lines import DEFAULT_PRIORITY, Lines, Taken, Verdict, ahead_s, granted_key, line_key
 from producers.stores.parking import SLOT_S
@@ -623,6 +623,8 @@ def _plain(readable: Readable) -> tuple[str, int, float] | None:
     if (
         "so_far" in kwargs
         or newer(kwargs)
+        # What came past our door holds its stored conf, or ends as that is gone, only once it was begun.
+        or ("asked" not in kwargs and any(map(reference_in, (kwargs.get("conf"), *readable.decoded[0]))))
         or not isinstance(connection, str)
         or connection not in settings().connections
         or type(priority) is not int

@@ -26,7 +26,7 @@ from producers.contract import (
 from producers.errors import ConfGone, ConfKeyMissing, DagNotFound, RunConflict
 from producers.fan_out import fan_out
 from producers.settings import ProducerSettings
-from producers.stores.claim_check import ConfKeys
+from producers.stores.claim_check import PROVISIONAL_S, ConfKeys, upload
 from tests.fake_airflow import FakeAirflow
 from tests.fake_service import FakeService
 from tests.integration.conftest import Shared
@@ -179,6 +179,30 @@ def test_a_message_past_our_door_is_held_or_ends_clearly(plain, valkey, airflow)
     assert first.get(timeout=30).state == "success"
     until(lambda: not held(plain))
     assert plain.resolve_conf(reference) == conf
+
+
+def test_past_our_door_a_conf_is_held_and_one_that_is_gone_told_however_many_wait_in_line(
+    valkey, airflow, start_worker
+):
+    relay = client(valkey)
+    conf = {"a": "x" * 50_000}
+    packed = relay.confs.packed(conf, "reference")
+    upload(relay.redis, packed)
+    gone = {"dagrelay_conf": f"sha256:{'0' * 64}", "bytes": 9}
+    for number in range(30):  # before a worker is there: they are claimed at once, and put into the line
+        foreign(valkey, f"kept-{number}", dag_id="d", conf=packed.conf)
+        foreign(valkey, f"gone-{number}", dag_id="d", conf=gone)
+    airflow.delay_s = 0.05
+    start_worker(connections={"default": f"{airflow.conn_uri}/?max_in_flight=2"}, **QUICK)
+
+    for number in range(30):
+        relay.handle(f"kept-{number}").get(timeout=60)
+        with pytest.raises(ConfGone):
+            relay.handle(f"gone-{number}").get(timeout=60)
+    assert len(airflow.runs) == 30
+    until(lambda: not held(relay))
+    assert relay.redis.ttl(f"dagrelay:conf:{packed.reference}") > PROVISIONAL_S  # from their end on
+    relay.redis.close()
 
 
 def test_past_our_door_a_conf_goes_by_reference_where_that_is_asked_for(sealing, valkey, airflow):
