@@ -205,10 +205,9 @@ class RelayTriggerDagRunOperator(RelayOperator):
         elif logical_date is not None:
             run_id, chosen = f"manual__{logical_date.isoformat()}", True
         else:
-            run_id = child_run_id(
-                _name(self, context), self.trigger_dag_id, conf_digest(client.confs.keys, conf)
-            )
-            chosen = False
+            task, digests = _name(self, context), conf_digests(client.confs.keys, conf)
+            ids = [child_run_id(task, self.trigger_dag_id, digest) for digest in digests]
+            run_id, chosen = served.made if served.made in ids else ids[0], False
         if served.made == run_id or self.reset_dag_run or (served.before is not None and not chosen):
             if_exists = "clear"
         else:
@@ -504,16 +503,20 @@ def child_run_id(task: str, dag_id: str, *asked: Any) -> str:
     return f"relay__{uuid.uuid5(_CHILDREN, told)}"
 
 
-def conf_digest(keys: ConfKeys, conf: dict[str, Any] | None) -> str:
-    """Return what is the same for equal confs; where there is a key, nobody without it can try guesses."""
+def conf_digests(keys: ConfKeys, conf: dict[str, Any] | None) -> list[str]:
+    """Return what is the same for equal confs; where there is a key, nobody without it can try guesses.
+
+    After it, what it was by the keys before, and without one: a key that is replaced between two tries makes
+    no other run.
+    """
     if not conf:
-        return ""
+        return [""]
     if (reference := reference_in(conf)) is not None:
-        return reference
+        return [reference]
     try:
-        return keys.reference_of(canonical_json(conf))
+        return keys.references_of(canonical_json(conf))
     except (TypeError, ValueError, RecursionError):
-        return ""  # no JSON, which the request is refused for
+        return [""]  # no JSON, which the request is refused for
 
 
 def conf_of(value: Any) -> dict[str, Any] | None:
@@ -682,9 +685,12 @@ def with_run_ids(
         ours = not fields.get("key") and not fields.get("dag_run_id")
         if ours:
             dag_id, date = str(fields.get("dag_id")), str(fields.get("logical_date"))
-            asked = (dag_id, fields.get("connection"), date, conf_digest(keys, fields["conf"]))
-            seen[asked] += 1
-            fields["dag_run_id"] = child_run_id(task, *asked, seen[asked])
+            digests = conf_digests(keys, fields["conf"])
+            asked = (dag_id, fields.get("connection"), date)
+            seen[*asked, digests[0]] += 1
+            number = seen[*asked, digests[0]]
+            ids = [child_run_id(task, *asked, digest, number) for digest in digests]
+            fields["dag_run_id"] = next((one for one in ids if (dag_id, one) in before), ids[0])
         request = checked_request(fields, where)
         known = before.get((request.dag_id, request.run_id_for("")))
         again = cleared or known is None or not known.done

@@ -107,6 +107,11 @@ class ConfKeys:
         subkey = hmac.digest(key, b"dagrelay conf reference", "sha256")
         return f"hmac-sha256:{name}:{hmac.digest(subkey, data, 'sha256').hex()}"
 
+    def references_of(self, data: bytes) -> list[str]:
+        """Return the reference of a conf by the first key, by each of the others, and without one."""
+        likes = [*(f"hmac-sha256:{name}:" for name in self.names), "sha256:"]
+        return [self.reference_of(data, like) for like in likes]
+
     def check(self, reference: str) -> str:
         """Return the name of the key by which a reference was made; "" for none. Raises ConfKeyMissing."""
         name = reference.split(":")[1] if reference.startswith("hmac-") else ""

@@ -255,9 +255,15 @@ def test_requests_of_a_fan_out_keep_their_runs_whatever_their_order(rig: Rig) ->
     assert pure["again"] == ["reuse", "clear", "clear", "clear"]
     assert pure["cleared"] == ["clear"] * 4
     assert pure["own"] == ["reuse", "clear"]
-    assert (pure["same"], pure["keyed"], pure["reference"]) == (True, True, "sha256:" + "0" * 64)
+    assert (pure["same"], pure["keyed"], pure["reference"]) == (True, True, ["sha256:" + "0" * 64])
     assert pure["allowed"] == [0, 3, 2, 50]
     assert "run" not in pure["shortened"]
+
+
+def test_another_key_for_confs_between_two_tries_makes_no_other_run(rig: Rig) -> None:
+    pure = rig.says()["pure"]
+    assert pure["first_key"]
+    assert pure["newer_key"] == [True] * 3
 
 
 # One run

@@ -10,12 +10,14 @@ import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from producers import TriggerRequest
 from producers.airflow import dag_runs
 from producers.airflow.operators import RelayFanOutOperator, RelayTriggerDagRunOperator
 from producers.stores.claim_check import ConfKeys
+from producers.stores.serving import Served
 
 try:
     from airflow.dag_processing.dagbag import DagBag
@@ -87,11 +89,32 @@ def one_run(**given: Any) -> RelayTriggerDagRunOperator:
 
 
 def run_ids(
-    several: list[Any], before: dict[Any, Any] | None = None, cleared: bool = False
+    several: list[Any], before: dict[Any, Any] | None = None, cleared: bool = False, keys: str = ""
 ) -> list[list[str]]:
     given = [(f"requests[{index}]", one) for index, one in enumerate(several)]
-    made = dag_runs.with_run_ids("task", given, before or {}, cleared=cleared)
+    made = dag_runs.with_run_ids("task", given, before or {}, cleared=cleared, keys=ConfKeys(keys))
     return [[one.run_id_for(""), one.if_exists] for one in made]
+
+
+class Client:
+    """A client that keeps what it is handed."""
+
+    def __init__(self, keys: str) -> None:
+        self.confs = SimpleNamespace(keys=ConfKeys(keys))
+
+    def enqueue(self, request: TriggerRequest, **_: Any) -> None:
+        self.run_id = request.dag_run_id
+
+
+def has_the_run_of(before: str, now: str) -> bool:
+    """Tell whether a try has the run of the try before, where the keys for confs were others then."""
+    operator = one_run(conf={"a": 1})
+    operator._target = SimpleNamespace(airflow_name="af")
+    ti = SimpleNamespace(dag_id="p", run_id="r", task_id="t", map_index=-1, try_number=2)
+    first, second = Client(before), Client(now)
+    operator.hand_over(first, "id", {"ti": ti}, Served("id", "first", None))
+    operator.hand_over(second, "id", {"ti": ti}, Served("id", "again", None, "id", made=first.run_id))
+    return bool(first.run_id == second.run_id)
 
 
 def pure() -> dict[str, Any]:
@@ -104,7 +127,10 @@ def pure() -> dict[str, Any]:
         ("a", "relay__k"): dag_runs._Before(False, False),
         ("a", "relay__m"): dag_runs._Before(False, True),
     }
-    keys = ConfKeys("A" * 43 + "=")
+    key, newer = "A" * 43 + "=", "B" * 42 + "A="
+    keyed = dag_runs.conf_digests(ConfKeys(f"{newer},{key}"), {"a": 1})
+    plain = dag_runs.conf_digests(ConfKeys(), {"a": 1})
+    reference = {"dagrelay_conf": "sha256:" + "0" * 64, "bytes": 9}
     large = [
         {"id": "i", "dag_id": "a", "dag_run_id": "r", "state": "done", "error": None, "run": "x" * 600_000}
     ] * 2
@@ -114,10 +140,12 @@ def pure() -> dict[str, Any]:
         "again": [how for _, how in run_ids(some, before)],
         "cleared": [how for _, how in run_ids(some, before, cleared=True)],
         "own": [how for _, how in run_ids(own, theirs)],
-        "same": dag_runs.conf_digest(ConfKeys(), {"a": 1, "b": 2})
-        == dag_runs.conf_digest(ConfKeys(), {"b": 2, "a": 1}),
-        "keyed": dag_runs.conf_digest(keys, {"a": 1}) != dag_runs.conf_digest(ConfKeys(), {"a": 1}),
-        "reference": dag_runs.conf_digest(keys, {"dagrelay_conf": "sha256:" + "0" * 64, "bytes": 9}),
+        "same": dag_runs.conf_digests(ConfKeys(), {"a": 1, "b": 2})
+        == dag_runs.conf_digests(ConfKeys(), {"b": 2, "a": 1}),
+        "keyed": keyed[0] not in plain,
+        "reference": dag_runs.conf_digests(ConfKeys(key), reference),
+        "first_key": run_ids(some, before, keys=key)[:2] == run_ids(some, before)[:2],
+        "newer_key": [has_the_run_of(served_by, f"{newer},{key}") for served_by in ("", key, newer)],
         "allowed": [dag_runs.allowed_of(given, 50) for given in (0, 3, 0.05, 1.0)],
         "shortened": dag_runs.shortened(large)[0],
         "given": len(run_ids([TriggerRequest("a").model_dump(exclude_unset=True)])),

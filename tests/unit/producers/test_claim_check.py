@@ -77,6 +77,17 @@ def test_a_conf_comes_back_as_it_was_and_equal_ones_have_one_reference(keys, con
     assert TriggerRequest("d", reference).conf == reference
 
 
+def test_what_a_conf_is_called_by_each_key_is_known_to_whoever_has_them_the_first_one_first():
+    data = b'{"a":1}'
+
+    assert ConfKeys(f"{NEW},{OLD}").references_of(data) == [
+        ConfKeys(NEW).reference_of(data),
+        ConfKeys(OLD).reference_of(data),
+        ConfKeys().reference_of(data),
+    ]
+    assert ConfKeys().references_of(data) == [ConfKeys().reference_of(data)]
+
+
 @given(conf=confs)
 @settings(max_examples=60, deadline=None)
 def test_a_sealed_conf_comes_back_as_it_was(conf):
