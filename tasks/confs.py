@@ -85,12 +85,14 @@ def to_compare(asked: Any, there: Any) -> tuple[Any, Any] | str:
     """Return two confs, of which one may be a reference, as they are compared; or how they differ, or "".
 
     Those that cannot both be read are compared by their references: that of a conf is the same for all who
-    have its key.
+    have its key. Raises ConfKeyMissing where the key of what is asked for is not here: another worker can.
     """
     mine, theirs = reference_in(asked), reference_in(there)
     if mine == theirs:
         return "" if mine is not None else (asked, there)
     confs = claim_checks()
+    if mine is not None:
+        settings().confs.keys.check(mine)
     try:
         return confs.real(asked), confs.real(there)
     except (ConfGone, ConfUnreadable):

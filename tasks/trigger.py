@@ -32,6 +32,7 @@ from producers.contract import (
 )
 from producers.errors import (
     AirflowUnavailable,
+    ConfKeyMissing,
     ConnectionNotConfigured,
     CredentialsRefused,
     DagBroken,
@@ -59,7 +60,7 @@ from .airflow.client import DagRunExists, DagView, RunView, as_dag_run
 from .airflow.connections import AirflowConnection
 from .airflow.run_looks import ENDED, next_look_in_s
 from .app import RelayRequest, RelayTask, app, backend, records, waits
-from .confs import taken_up, to_compare
+from .confs import left, taken_up, to_compare
 from .gates import hand_over
 from .results import NotHandedOver
 from .settings import settings
@@ -173,6 +174,8 @@ def trigger_dag(self: Any, *before: Any, **message: Any) -> dict[str, Any]:
             )
     except Busy as exc:
         raise _without_thread(self, turn, exc) from exc
+    except ConfKeyMissing as exc:  # by which it is to be compared with a run that is there
+        raise left(self, exc) from exc
     except NoTurn as exc:
         unsure = exc.unsure or redelivered(self)
         run = _give_up(request, run_id, task_id, None, unsure=unsure, reason=str(exc))
@@ -620,12 +623,15 @@ def _give_up(
     if not unsure:
         raise GaveUp(request.give_up_after_s, reason)
     if turn is not None:
-        with suppress(AirflowUnavailable, CredentialsRefused, RequestRejected, NoTurn, Busy), turn as airflow:
+        with suppress(*_NOT_SETTLED), turn as airflow:
             existing = airflow.get_dag_run(request.dag_id, run_id)
             if existing is not None:
                 return settle_existing(request, existing, task_id=task_id, airflow=airflow, unsure=unsure)
     look_up_later(task_id, request.dag_id, run_id, request.connection)
     raise OutcomeUnknown(request.dag_id, run_id, reason)
+
+
+_NOT_SETTLED = (AirflowUnavailable, CredentialsRefused, RequestRejected, NoTurn, Busy, ConfKeyMissing)
 
 
 def look_up_later(task_id: str, dag_id: str, run_id: str, connection: str) -> None:

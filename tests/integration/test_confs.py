@@ -161,6 +161,26 @@ def test_the_same_conf_by_another_key_is_the_same_run_while_it_can_be_read(plain
         relay.redis.close()
 
 
+def test_a_reference_that_cannot_be_compared_here_waits_for_a_worker_with_its_key(
+    valkey, airflow, start_worker
+):
+    conf = {"a": "x" * 50_000}
+    relay, before = client(valkey, NEW), client(valkey, OLD)
+    without = start_worker(name="without", DAGRELAY_CONF_KEY=OLD, **QUICK)
+    assert before.enqueue(TriggerRequest("d", conf, key="k")).get(timeout=30).created
+    again = relay.enqueue(TriggerRequest("d", conf, key="k"))
+    until(lambda: again.state in ("waiting", "failed"))
+    assert "DAGRELAY_CONF_KEY" in again.record().reason
+    assert again.record().error is None
+    without.stop()
+
+    start_worker(name="with-it", DAGRELAY_CONF_KEY=f"{NEW},{OLD}", **QUICK)
+    relay.waits.wake([again.id])
+    assert not again.get(timeout=30).created
+    for one in (relay, before):
+        one.redis.close()
+
+
 def test_a_message_past_our_door_is_held_or_ends_clearly(plain, valkey, airflow):
     conf = {"a": "x" * 50_000}
     first = plain.enqueue(TriggerRequest("d", conf, wait=True, key="w"))
