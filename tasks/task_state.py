@@ -61,7 +61,7 @@ MOST_REPLAYS: Final = 50
 class Airflow(Protocol):
     """What the steps need of `tasks.airflow.client.AirflowClient`. Raises as that does."""
 
-    def is_mapped(self, dag_id: str, task_id: str) -> bool: ...
+    def is_mapped(self, dag_id: str, run_id: str, task_id: str) -> bool: ...
     def get_task_instance(self, task: TaskInstance) -> TaskView | None: ...
     def set_task_state(self, task: TaskInstance, state: str, note: str) -> object: ...
 
@@ -166,7 +166,7 @@ def settle(found: Record, task: TaskInstance, airflow: Airflow, *, accepted_at: 
     view = airflow.get_task_instance(task)
     # Before it is expanded, a mapped task stands there as one, and to set that is to set all.
     may_be_many = task.map_index == -1 and (view is None or view.state is None)
-    if may_be_many and airflow.is_mapped(task.dag_id, task.task_id):
+    if may_be_many and airflow.is_mapped(task.dag_id, task.dag_run_id, task.task_id):
         raise RequestRejected(404, "the task is mapped: say by map_index which of its instances waits")
     if view is None:
         raise RequestRejected(404, "there is no such task instance, or its run was deleted")

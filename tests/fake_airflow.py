@@ -282,8 +282,13 @@ class _Handler(BaseHTTPRequestHandler):
             case "POST", ["api", "v2", "dags", "~", "dagRuns", "list"]:
                 airflow.lists += 1
                 self._reply(200, self._listed(body))
-            case "GET", ["api", "v2", "dags", dag_id, "tasks", task_id]:
-                self._reply(200, {"task_id": task_id, "is_mapped": (dag_id, task_id) in airflow.mapped})
+            case "GET", ["api", "v2", "dags", dag_id, "dagRuns", _, "taskInstances", task_id, listed] if (
+                listed.startswith("listMapped")
+            ):
+                if (dag_id, task_id) in airflow.mapped:
+                    self._reply(200, {"task_instances": [], "total_entries": 0})
+                else:
+                    self._reply(404, {"detail": f"Task id {task_id} is not mapped"})
             case _, [*_, "dags", dag_id, "dagRuns", run_id, "taskInstances", task_id, index] if (
                 index.removeprefix("-").isdecimal()
             ):

@@ -280,10 +280,10 @@ def this_task(response: HttpResponse, task: TaskInstance) -> TaskView:
 
 
 def is_mapped(response: HttpResponse) -> bool:
-    """Return what a successful answer says of a DAG's task. Raises AirflowUnavailable if it does not."""
+    """Return what a list of a mapped task's instances says, an empty one too. Raises AirflowUnavailable."""
     match response.json():
-        case {"is_mapped": bool() as found}:
-            return found
+        case {"task_instances": list()}:
+            return True
         case _:
             raise somebody_else(response)
 

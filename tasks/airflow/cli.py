@@ -419,7 +419,7 @@ class CliClient:
         """Refuse."""
         self._cannot("it has no way to read what a task returned")
 
-    def is_mapped(self, dag_id: str, task_id: str) -> NoReturn:
+    def is_mapped(self, dag_id: str, run_id: str, task_id: str) -> NoReturn:
         """Refuse."""
         self._cannot("it has no way to tell whether a task is mapped")
 

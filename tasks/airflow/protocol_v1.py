@@ -178,9 +178,13 @@ def get_xcom(dag_id: str, run_id: str, task_id: str, *, as_text: bool = False) -
     return HttpRequest("GET", path if as_text else f"{path}?stringify=false")
 
 
-def get_dag_task(dag_id: str, task_id: str) -> HttpRequest:
-    """Return the question for a task as its DAG has it; `read_is_mapped` reads it."""
-    return HttpRequest("GET", f"{_dag(dag_id)}/tasks/{segment('task id', task_id)}")
+def list_mapped(dag_id: str, run_id: str, task_id: str) -> HttpRequest:
+    """Return the question whether a task has many instances; `read_is_mapped` reads it.
+
+    The task as its DAG has it (`/dags/{dag_id}/tasks/{task_id}`) does not tell that of one within a task group
+    that is mapped, and neither does the run before the group is expanded.
+    """
+    return HttpRequest("GET", f"{get_task(dag_id, run_id, task_id).path}/listMapped?limit=1")
 
 
 def get_task_instance(task: TaskInstance) -> HttpRequest:
@@ -292,7 +296,7 @@ def read_task(response: HttpResponse) -> TaskKind:
 
 
 def read_is_mapped(response: HttpResponse) -> bool:
-    """Return whether a task is mapped; one that its DAG does not have is not."""
+    """Return whether a task is mapped, by itself or with its task group; one that is not there is not."""
     if response.status == 200:
         return is_mapped(response)
     if response.status == 404 and own_words(response) is not None:

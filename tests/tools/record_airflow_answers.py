@@ -41,11 +41,11 @@ LOGICAL_DATE = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 DAGS = """
 from datetime import datetime, timezone
 try:
-    from airflow.sdk import DAG, Param, task
+    from airflow.sdk import DAG, Param, task, task_group
     from airflow.providers.standard.operators.empty import EmptyOperator
 except ImportError:
     from airflow import DAG
-    from airflow.decorators import task
+    from airflow.decorators import task, task_group
     from airflow.models.param import Param
     from airflow.operators.empty import EmptyOperator
 
@@ -81,6 +81,20 @@ with DAG("recorded_results", schedule=None, start_date=start):
         return n
 
     some() >> text() >> none() >> many.expand(n=[1, 2])
+with DAG("recorded_groups", schedule=None, start_date=start):
+    @task
+    def names():
+        return [1, 2]
+
+    @task
+    def within(n):
+        return n
+
+    @task_group
+    def each(n):
+        within(n)
+
+    each.expand(n=names())
 """
 BREAKS_LATER = DAGS.partition("params = ")[0].replace('"recorded"', '"recorded_broken"')
 
@@ -238,13 +252,7 @@ def record_runs(record: Recorder, api: Any) -> None:
 
 def record_dag(record: Recorder, api: Any) -> None:
     """What is asked about a DAG whose runs are held back: is it paused, how many are unfinished."""
-    paused = HttpRequest(
-        "PATCH",
-        api.get_dag("recorded_params").path,
-        {"Content-Type": "application/json"},
-        b'{"is_paused": true}',
-    )
-    record.send(with_admin(record, paused))
+    record.send(with_admin(record, paused(api, "recorded_params", True)))
     for number in range(3):
         request = TriggerRequest("recorded_params", {"count": 1, "code": "abc"})
         record.send(with_admin(record, api.create_run(request, f"counted-{number}", NOTE)))
@@ -269,9 +277,20 @@ def record_tasks(record: Recorder, api: Any) -> None:
     record("task_instance_mapped", api.get_task_instance(of("recorded_results", "ended", "many")))
     record("task_instance_unknown", api.get_task_instance(of("recorded_params", "counted-0", "nobody")))
     record("task_instance_of_unknown_run", api.get_task_instance(of("recorded_params", "none", "nothing")))
-    record("dag_task", api.get_dag_task("recorded_params", "nothing"))
-    record("dag_task_mapped", api.get_dag_task("recorded_results", "many"))
-    record("dag_task_unknown", api.get_dag_task("recorded_results", "nobody"))
+    record("mapped_of_plain", api.list_mapped("recorded_params", "counted-0", "nothing"))
+    record("mapped", api.list_mapped("recorded_results", "ended", "many"))
+    groups = "recorded_groups"
+    record.airflow.wait_for_dag(groups)
+    for run_id, now in (("ended", False), ("not-begun", True)):
+        record.send(with_admin(record, paused(api, groups, now)))
+        record.send(with_admin(record, api.create_run(TriggerRequest(groups), run_id, NOTE)))
+        if not now:
+            record.airflow.wait_for_run(groups, run_id)
+    record("mapped_by_its_group", api.list_mapped(groups, "ended", "each.within"))
+    record("mapped_not_expanded", api.list_mapped(groups, "not-begun", "each.within"))
+    record("task_instance_not_expanded", api.get_task_instance(of(groups, "not-begun", "each.within")))
+    record("mapped_of_unknown_task", api.list_mapped("recorded_results", "ended", "nobody"))
+    record("mapped_of_unknown_run", api.list_mapped("recorded_results", "none", "many"))
     if api is protocol_v1:
         record("task_note_set", api.set_task_note(waiting, NOTE))
     record("task_set", api.set_task_state(waiting, "failed", NOTE))
@@ -279,6 +298,11 @@ def record_tasks(record: Recorder, api: Any) -> None:
     record("task_set_mapped", api.set_task_state(of("recorded_results", "ended", "many"), "failed", NOTE))
     unknown = of("recorded_params", "counted-0", "nobody")
     record("task_set_unknown", api.set_task_state(unknown, "failed", NOTE))
+
+
+def paused(api: Any, dag_id: str, now: bool) -> HttpRequest:
+    body = json.dumps({"is_paused": now}).encode()
+    return HttpRequest("PATCH", api.get_dag(dag_id).path, {"Content-Type": "application/json"}, body)
 
 
 def with_admin(record: Recorder, request: HttpRequest) -> HttpRequest:

@@ -46,7 +46,7 @@ class Airflow:
         self.found, self.mapped = found, mapped
         self.set_to: list[str] = []
 
-    def is_mapped(self, dag_id: str, task_id: str) -> bool:
+    def is_mapped(self, dag_id: str, run_id: str, task_id: str) -> bool:
         return self.mapped
 
     def get_task_instance(self, task: TaskInstance) -> TaskView | None:

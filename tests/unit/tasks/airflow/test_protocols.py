@@ -714,9 +714,11 @@ def test_an_answer_about_another_instance_is_not_believed(api):
 def test_whether_a_task_is_mapped_is_read(api):
     read = PROTOCOLS[api].read_is_mapped
 
-    assert read(answer(api, "dag_task_mapped")) is True
-    assert read(answer(api, "dag_task")) is False
-    assert read(answer(api, "dag_task_unknown")) is False
+    # With its group it is mapped as well, and before the group is expanded, when it stands there as one.
+    for case in ("mapped", "mapped_by_its_group", "mapped_not_expanded", "mapped_of_unknown_run"):
+        assert read(answer(api, case)) is True, case
+    for case in ("mapped_of_plain", "mapped_of_unknown_task"):
+        assert read(answer(api, case)) is False, case
     with pytest.raises((AirflowUnavailable, NotThisApi)):
         read(page(404))
 
