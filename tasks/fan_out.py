@@ -360,6 +360,9 @@ def start_some(
                 continue
             turns = ManyTurns(task, connection, _ahead_s(wanted))
             taken = turns.take(len(wanted))
+            if taken.why == "open" and connection.failover is not None:
+                left += [_Left(one.task_id, one.envelope) for one in wanted]  # each goes by its CLI
+                continue
             if not taken.slots:
                 # What is over its time ends for that reason, as trigger_dag knows to do.
                 left += [

@@ -15,6 +15,7 @@ import pytest
 import tests.import_tasks  # noqa: F401
 from producers.contract import TriggerRequest
 from producers.errors import GaveUp, OutcomeUnknown, RequestRejected
+from producers.fan_out import fan_out
 from producers.stores.lines import Lines
 from tasks.airflow.command import MAX_OUTPUT_BYTES, NotRun, run
 from tasks.airflow.connections import Command
@@ -298,3 +299,17 @@ def test_a_worker_killed_in_the_middle_of_a_call_leaves_one_run_and_no_process(r
     assert len(cli.runs) == 1
     hung = next(one["pid"] for one in cli.calls if one["argv"][:2] == ["dags", "trigger"])
     until(lambda: gone(hung), timeout_s=30)
+
+
+def test_a_fan_out_goes_by_the_cli_as_well_while_the_api_is_away(relay, airflow, cli, start_worker):
+    uri = {"conn_type": "http", "host": airflow.url, "login": airflow.username, "password": airflow.password}
+    extra = {"failover": "cli", "cli_command": cli.argv, "connect_timeout_s": 1}
+    airflow.stop()
+    start_worker(connections={"default": json.dumps(uri | {"extra": extra})})
+    before = relay.enqueue_many([TriggerRequest("quiet", key=f"k{n}") for n in range(10)])
+    until(lambda: Lines(relay.redis).state("default").breaker == "open", timeout_s=60)
+    fan = fan_out([TriggerRequest("daily_sales", {"n": n}, key=f"f{n}") for n in range(20)], relay=relay)
+
+    assert {one.state for one in fan.get(timeout=60)} == {"done"}
+    assert {handle.get(timeout=60).created for handle in before} == {True}
+    assert {one["run_id"] for one in cli.runs} >= {f"relay__f{n}" for n in range(20)}
