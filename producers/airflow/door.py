@@ -97,7 +97,9 @@ def arguments(environ: Mapping[str, str]) -> list[str]:
     from ..errors import ConfigurationError
 
     options = {
-        option.opts[0].removeprefix("--").replace("-", "_").upper(): option for option in socket.params
+        opt.removeprefix("--").replace("-", "_").upper(): option
+        for option in socket.params
+        for opt in option.opts
     }
     given: list[str] = []
     mistakes: list[str] = []

@@ -43,6 +43,8 @@ def test_each_variable_is_an_option_of_dagrelay_socket():
     }
     assert arguments(environ) == ["--port=7701", "--keys=/etc/keys", "--max-connections=100"]
     assert arguments({"DAGRELAY_PLUGIN_INSECURE": "true"}) == ["--insecure"]
+    tls = {"DAGRELAY_PLUGIN_TLS_CERT": "/c.pem", "DAGRELAY_PLUGIN_TLS_KEY": "/k.pem"}  # as doors.md has it
+    assert arguments(tls) == ["--certfile=/c.pem", "--keyfile=/k.pem"]
 
 
 def test_variables_that_say_nothing_are_all_named_at_once():
