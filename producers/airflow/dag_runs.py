@@ -467,7 +467,7 @@ class RelayFanOutOperator(RelayOperator):
         if isinstance(given, list | tuple):
             for where, fields in self._given(defaults):
                 known = known_now(fields)
-                checked_request({**known, "conf": conf_of(known.get("conf"))}, where)
+                checked_request({**known, "conf": conf_of(known.get("conf"), f"{where}: conf")}, where)
         else:
             if not has_template(given):
                 _several("requests" if self.requests is not None else "confs", given)
@@ -519,21 +519,22 @@ def conf_digests(keys: ConfKeys, conf: dict[str, Any] | None) -> list[str]:
         return [""]  # no JSON, which the request is refused for
 
 
-def conf_of(value: Any) -> dict[str, Any] | None:
+def conf_of(value: Any, name: str = "conf") -> dict[str, Any] | None:
     """Return a conf that may be text. Raises InvalidRequest."""
     if not isinstance(value, str):
-        return value if value is None or isinstance(value, dict) else _no_conf(type(value).__name__)
+        return value if value is None or isinstance(value, dict) else _no_conf(name, value)
     if not value.strip():
         return None
     try:
         found = json.loads(value)
     except ValueError:
-        raise InvalidRequest("conf: is text that is no JSON: in a template, end with | tojson") from None
-    return found if found is None or isinstance(found, dict) else _no_conf(type(found).__name__)
+        raise InvalidRequest(f"{name}: is text that is no JSON: in a template, end with | tojson") from None
+    return found if found is None or isinstance(found, dict) else _no_conf(name, found)
 
 
-def _no_conf(kind: str) -> NoReturn:
-    raise InvalidRequest(f"conf: is of type {kind}: a conf is an object (a dict), or its JSON as text")
+def _no_conf(name: str, value: Any) -> NoReturn:
+    kind = type(value).__name__
+    raise InvalidRequest(f"{name}: is of type {kind}: a conf is an object (a dict), or its JSON as text")
 
 
 def instant_of(name: str, value: Any) -> datetime | None:
@@ -558,9 +559,9 @@ LATER: Final = "known_later"
 
 
 def known_now(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a DAG file says already of the fields of a request; its DAG has a name in any case."""
+    """Return what a DAG file says already of the fields of a request; a templated DAG has a name as well."""
     known = {name: value for name, value in fields.items() if not has_template(value)}
-    return known if known.get("dag_id") or "dag_id" not in fields else {**known, "dag_id": LATER}
+    return {**known, "dag_id": LATER} if has_template(fields.get("dag_id")) else known
 
 
 def checked_request(fields: Mapping[str, Any], where: str = "") -> TriggerRequest:
@@ -681,7 +682,7 @@ def with_run_ids(
     seen: Counter[tuple[Any, ...]] = Counter()
     requests = []
     for where, given in several:
-        fields = {**given, "conf": conf_of(given.get("conf"))}
+        fields = {**given, "conf": conf_of(given.get("conf"), f"{where}: conf")}
         ours = not fields.get("key") and not fields.get("dag_run_id")
         if ours:
             dag_id, date = str(fields.get("dag_id")), str(fields.get("logical_date"))

@@ -216,6 +216,8 @@ def test_what_cannot_work_is_refused_as_the_file_is_read_and_the_examples_are_re
     assert said["right"] == ["", "", ""]
     begins = {
         "dag_id": "InvalidRequest: trigger_dag_id: is no DAG id",
+        "empty": "InvalidRequest: trigger_dag_id: ",
+        "none": "InvalidRequest: trigger_dag_id: is missing",
         "run_id": "InvalidRequest: trigger_run_id: would be refused",
         "conf": "InvalidRequest: conf.at is of type datetime",
         "conf_text": "InvalidRequest: conf: is text that is no JSON",
@@ -237,6 +239,8 @@ def test_what_cannot_work_is_refused_as_the_file_is_read_and_the_examples_are_re
         "both": "requests: give them, or trigger_dag_id and confs",
         "no_dag": "trigger_dag_id: goes with confs",
         "second": "confs[1]: conf.a is nan",
+        "conf": "confs[1]: conf: is of type int",
+        "empty": "confs[0]: dag_id: ",
         "field": "requests[0]: configuration: is no argument",
         "missing": "requests[0]: dag_id: is missing",
         "kind": "requests: has one of type int",

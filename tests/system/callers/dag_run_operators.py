@@ -26,6 +26,8 @@ except ImportError:  # Airflow 2
 
 WRONG: dict[str, dict[str, Any]] = {
     "dag_id": {"trigger_dag_id": "no such/dag"},
+    "empty": {"trigger_dag_id": ""},
+    "none": {"trigger_dag_id": None},
     "run_id": {"trigger_run_id": "scheduled__x"},
     "conf": {"conf": {"at": datetime.now(UTC)}},
     "conf_text": {"conf": "{'a': 1}"},
@@ -45,6 +47,8 @@ WRONG_MANY: dict[str, dict[str, Any]] = {
     "both": {"requests": [{"dag_id": "a"}], "confs": [{}]},
     "no_dag": {"confs": [{}]},
     "second": {"trigger_dag_id": "a", "confs": [{}, {"a": float("nan")}]},
+    "conf": {"trigger_dag_id": "a", "confs": [{}, 3]},
+    "empty": {"trigger_dag_id": "", "confs": [{}]},
     "field": {"requests": [{"dag_id": "{{ a }}", "configuration": {}}]},
     "missing": {"requests": [{"conf": {}}]},
     "kind": {"requests": [1]},
