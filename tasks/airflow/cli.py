@@ -75,7 +75,8 @@ def create_run(request: TriggerRequest, run_id: str, api: ApiVersion) -> list[st
     Without `--no-replace-microseconds` a logical date loses its own, and two runs that Airflow 2 makes of a
     DAG within one second, each with the time as its logical date, are in each other's way.
     """
-    found = ["dags", "trigger", _plain(request.dag_id), f"--run-id={run_id}"]
+    # Given as an option here, and by itself in every question about the run.
+    found = ["dags", "trigger", _plain(request.dag_id), f"--run-id={_plain(run_id)}"]
     if request.conf is not None:
         found.append(f"--conf={json_body(request.conf).decode()}")
     if request.logical_date is not None:
@@ -86,12 +87,12 @@ def create_run(request: TriggerRequest, run_id: str, api: ApiVersion) -> list[st
 
 def ask_state(dag_id: str, which: str) -> list[str]:
     """Return the question for a run's state and conf; `which`: its logical date (Airflow 2), its id (3)."""
-    return ["dags", "state", _plain(dag_id), which]
+    return ["dags", "state", _plain(dag_id), _plain(which)]
 
 
 def ask_tasks(dag_id: str, run_id: str) -> list[str]:
     """Return the question for the tasks of a run: each tells the run's logical date."""
-    return ["tasks", "states-for-dag-run", _plain(dag_id), run_id, "--output=json"]
+    return ["tasks", "states-for-dag-run", _plain(dag_id), _plain(run_id), "--output=json"]
 
 
 def list_runs(
@@ -331,6 +332,7 @@ class CliClient:
 
     def create_dag_run(self, request: TriggerRequest, run_id: str, note: str) -> RunView:
         """Make the run, without a note."""
+        self._refuse_options(request.dag_id, run_id)
         for name, given in (
             ("run_after", request.run_after is not None),
             ("result_from", request.result_from is not None),
@@ -348,6 +350,7 @@ class CliClient:
 
     def get_dag_run(self, dag_id: str, run_id: str) -> RunView | None:
         """Return the run, or None if there is none, or no such DAG. Two calls."""
+        self._refuse_options(dag_id, run_id)
         api = self._api()
         there, date = True, None
         if not _DATE_LIKE.match(run_id):
@@ -479,6 +482,11 @@ class CliClient:
             hint = f"is api_version={pinned} right?" if pinned else "it is asked for its version again"
             raise AirflowUnavailable(f"the CLI does not know our arguments: {hint}", None, False) from None
 
+    def _refuse_options(self, *ids: str) -> None:
+        """Refuse what `_plain` would, in the words of what there is no way for: the API takes such ids."""
+        if any(one.startswith("-") for one in ids):
+            self._cannot("an id begins with '-', which it takes for an option", status=400)
+
     def _cannot(self, why: str, status: int = 501) -> NoReturn:
         words = f"not by Airflow's CLI: {why}"
         if self.connection.stands_in:
@@ -486,5 +494,6 @@ class CliClient:
         raise RequestRejected(status, words)
 
 
-_DATE_LIKE: Final = re.compile(r"[0-9PR]")
-"""How a run id begins that Airflow looks for as a date, or a duration, where there is no such run."""
+_DATE_LIKE: Final = re.compile(r"[-0-9PR]")
+"""How a run id begins that Airflow looks for as a date, or a duration, where there is no such run; or that
+its command takes for an option."""

@@ -65,9 +65,15 @@ def test_a_trigger_is_the_same_words_with_the_run_id_in_both_versions():
     assert "--exec-date=2026-01-01T00:00:00.123456+00:00" in cli.create_run(DATED, "r", "v1")
 
 
-def test_a_dag_id_is_never_taken_for_an_option():
+def test_no_id_is_ever_taken_for_an_option():
     with pytest.raises(RequestRejected, match="begins with '-'"):
         cli.create_run(TriggerRequest("--help"), "r", "v2")
+    with pytest.raises(RequestRejected, match="begins with '-'"):
+        client(Command3()).create_dag_run(SALES, "-x", "")
+    with pytest.raises(AirflowUnavailable, match="the API is away, and not by"):  # which takes such ids
+        client(Command3(), stands_in=True).create_dag_run(SALES, "-x", "")
+    listed = Ran(0, json.dumps([{"dag_id": "d", "run_id": "-x", "state": "success"}]), "")
+    assert client(Command3(dags_list_runs=listed)).run_states("d", {"-x": None}) == {"-x": "success"}
 
 
 def test_the_run_is_found_after_the_log_lines():
