@@ -3,14 +3,20 @@
 Every process of an Airflow loads this module, each task's own among them, so it imports next to nothing. Only
 the components that fork a process for each task, or for each DAG file that is read, import our operators as
 they start: a fork has them then, where it would take 0.1 s of CPU each time.
+
+Where any plug-in has a listener Airflow refuses every DAG that has a task with `end_from_trigger=True`,
+whoever's it is. So a process that reads DAGs has none of ours: only a component has, until it has started.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
+from contextlib import suppress
 from importlib import import_module
+from multiprocessing import parent_process
 from typing import Any, ClassVar, Final
 
 from airflow.listeners import hookimpl
@@ -30,6 +36,7 @@ class Preload:
     @hookimpl  # type: ignore[untyped-decorator]
     def on_starting(self, component: Any) -> None:
         """Import our operators, where this process forks those that run or read them."""
+        leave(self)
         if component_of(sys.argv) not in FORKING:
             return
         try:
@@ -39,36 +46,45 @@ class Preload:
 
 
 class DoorListener:
-    """What Airflow tells of its components' beginnings and ends. Raises nothing: Airflow would end of it."""
-
-    def __init__(self) -> None:
-        self.door: Door | None = None
+    """Starts the door, and has it end with this process. Raises nothing: Airflow would end of it."""
 
     @hookimpl  # type: ignore[untyped-decorator]
     def on_starting(self, component: Any) -> None:
-        """Start the door, once, if this process is the component that is meant.
+        """Start the door, if this process is the component that is meant.
 
-        Airflow does not say which component starts, so its command line does. Forks of this process (workers
-        of the executor, and in Airflow 2 their tasks) have the same one, and the door already.
+        Airflow does not say which component starts, so its command line does.
         """
+        leave(self)
         named, mine = os.environ.get(COMPONENT, ""), component_of(sys.argv)
-        if self.door is not None or mine not in COMPONENTS:
-            return
         if named not in COMPONENTS:
             log.error("no TCP door: %s=%r is none of %s", COMPONENT, named, ", ".join(COMPONENTS))
         elif named == mine:
-            self.door = Door(mine)
-            self.door.start()
+            door = Door(mine)
+            door.start()
+            atexit.register(door.stop)  # which does nothing in forks
 
-    @hookimpl  # type: ignore[untyped-decorator]
-    def before_stopping(self, component: Any) -> None:
-        """End the door; does nothing in forks of its host."""
-        if self.door is not None:
-            self.door.stop()
+
+def leave(listener: Any) -> None:
+    """Have a listener be none any more, in this process and in its forks."""
+    with suppress(Exception):
+        from airflow.listeners.listener import get_listener_manager
+
+        DagrelayPlugin.listeners.remove(listener)
+        get_listener_manager().pm.unregister(listener)
+
+
+def of_this_process() -> list[Any]:
+    """Return the listeners of this process: none but of a component, and none of what it has made of itself.
+
+    What it spawns, as executors and parsers may be, has the same command line.
+    """
+    if component_of(sys.argv) not in COMPONENTS or parent_process() is not None:
+        return []
+    return [Preload(), *([DoorListener()] if os.environ.get(COMPONENT) else [])]
 
 
 class DagrelayPlugin(AirflowPlugin):  # type: ignore[misc]
     """Registers no door where no component is named."""
 
     name = "dagrelay"
-    listeners: ClassVar = [Preload(), *([DoorListener()] if os.environ.get(COMPONENT) else [])]
+    listeners: ClassVar = of_this_process()
