@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, NoReturn, TypeVar
@@ -44,9 +46,20 @@ LIST_FROM: Final = 3
 """From so many runs of a DAG on one list is asked for in Airflow 3; of fewer each state by itself, as a list
 of all the runs that a DAG ever had may be long."""
 
+LONG_S: Final = 600.0
+"""For so long no list is asked for of a DAG whose list could not be had: of 80,000 runs it takes Airflow 3 a
+minute of CPU and 2 GB, and is then not read."""
+
+SINGLY_S: Final = 15.0
+"""How long runs of such a DAG are asked for by themselves in one look."""
+
 T = TypeVar("T")
 
 _STATES: Final = ("queued", "running", "success", "failed")
+
+
+class NoEnd(AirflowUnavailable):
+    """A list was begun, and has not ended in time, or was too long."""
 
 
 class AnotherVersion(Exception):
@@ -329,6 +342,7 @@ class CliClient:
         self.connection = connection
         self._run = run
         self._version = ""
+        self._long_until: dict[str, float] = {}
 
     def create_dag_run(self, request: TriggerRequest, run_id: str, note: str) -> RunView:
         """Make the run, without a note."""
@@ -375,20 +389,35 @@ class CliClient:
         return found[0].run_id if found else None
 
     def run_states(self, dag_id: str, runs: Mapping[str, datetime | None]) -> dict[str, str | None]:
-        """Return how these runs of a DAG stand; None for one that is not there.
+        """Return how these runs of a DAG stand; None for one that is not there. Some, where time is short.
 
         `runs`: by its id the logical date of each, if it is known: in Airflow 2 the list begins with the
-        earliest.
+        earliest. In Airflow 3 it is of all the runs that the DAG ever had, and may be too long to be had.
         """
         api = self._api()
-        if api == "v2" and len(runs) < LIST_FROM and not any(map(_DATE_LIKE.match, runs)):
-            stands = {run_id: self._stands(dag_id, run_id) for run_id in runs}
-            return {run_id: found[0] if found else None for run_id, found in stands.items()}
+        few = len(runs) < LIST_FROM or self._long_until.get(dag_id, 0.0) > time.monotonic()
+        if api == "v2" and few and not any(map(_DATE_LIKE.match, runs)):
+            return self._singly(dag_id, list(runs))
         dates = [date for date in runs.values() if date is not None]
         since = min(dates) if api == "v1" and len(dates) == len(runs) else None
-        listed = self._ask(list_runs(dag_id, api, since=since), "list", lambda ran: read_runs(ran, api))
+        try:
+            listed = self._ask(list_runs(dag_id, api, since=since), "list", lambda ran: read_runs(ran, api))
+        except NoEnd:
+            self._long_until[dag_id] = time.monotonic() + LONG_S
+            raise
         found = {one.run_id: one.state for one in listed}
         return {run_id: found.get(run_id) for run_id in runs}
+
+    def _singly(self, dag_id: str, run_ids: list[str]) -> dict[str, str | None]:
+        """Ask for one run after the other as long as there is time; chance has it which."""
+        found: dict[str, str | None] = {}
+        began = time.monotonic()
+        for run_id in random.sample(run_ids, len(run_ids)):
+            if found and time.monotonic() - began > SINGLY_S:
+                break
+            stands = self._stands(dag_id, run_id)
+            found[run_id] = stands[0] if stands else None
+        return found
 
     def get_dag(self, dag_id: str) -> DagView:
         """Return whether a DAG is paused, and how many of its runs may run at a time. Raises DagNotFound."""
@@ -467,7 +496,8 @@ class CliClient:
         try:
             return read(self._run(arguments, kind))
         except NotRun as exc:
-            raise AirflowUnavailable(f"the CLI: {exc.reason}", None, exc.reached and not sure) from None
+            raised = NoEnd if exc.reached and kind == "list" else AirflowUnavailable
+            raise raised(f"the CLI: {exc.reason}", None, exc.reached and not sure) from None
         except TooLong as exc:
             self._cannot(
                 f"the conf makes an argument of {exc.size_bytes:,} bytes, and a command line holds "

@@ -172,7 +172,7 @@ class _Look:
                 self.failed |= dict.fromkeys((one for one in runs if one not in self.states), exc)
                 return
             else:
-                self.states |= {run: states[run.run_id] for run in some}
+                self.states |= {run: states[run.run_id] for run in some if run.run_id in states}
 
     def each(self, runs: list[_Waited]) -> None:
         """Ask for some of them one by one, as long as there is time; chance has it that each has its turn."""

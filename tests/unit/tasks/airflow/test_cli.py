@@ -12,7 +12,7 @@ from tasks.airflow import cli
 from tasks.airflow.answers import DagRunExists, DagView
 from tasks.airflow.cli import CliClient, failure, read_created, read_dag, read_state, refusal
 from tasks.airflow.client import AirflowClient
-from tasks.airflow.command import MAX_ARGUMENT_BYTES, Ran, TooLong, argv_of, environment
+from tasks.airflow.command import MAX_ARGUMENT_BYTES, NotRun, Ran, TooLong, argv_of, environment
 from tasks.airflow.connections import AirflowConnection, Command, read_connections
 
 SECRET = "s3cr3t-canary"
@@ -225,6 +225,25 @@ def test_a_run_id_like_a_date_is_looked_for_in_the_list_alone():
 
     assert client(run).get_dag_run("d", "2026-01-01") is None
     assert client(run).run_states("d", {"2026-01-01": None}) == {"2026-01-01": None}
+
+
+def test_runs_of_a_dag_whose_list_is_too_long_are_asked_for_one_by_one():
+    """In Airflow 3 the list has all the runs that the DAG ever had."""
+    asked: list[str] = []
+
+    def run(arguments, kind):
+        asked.append(" ".join(arguments[:2]))
+        if arguments[:2] == ["dags", "list-runs"]:
+            raise NotRun("it printed more than 16,000,000 bytes", True)
+        return Ran(0, "success\n", "")
+
+    airflow = client(run, api_version="v2")
+    waited = dict.fromkeys(["relay__1", "relay__2", "relay__3"])
+    with pytest.raises(AirflowUnavailable, match="printed more"):
+        airflow.run_states("d", waited)
+
+    assert airflow.run_states("d", waited) == dict.fromkeys(waited, "success")
+    assert asked == ["dags list-runs", *["dags state"] * 3]
 
 
 def test_what_the_cli_cannot_do_is_refused_by_name_and_waits_where_it_stands_in():
