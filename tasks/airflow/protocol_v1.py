@@ -181,8 +181,8 @@ def get_xcom(dag_id: str, run_id: str, task_id: str, *, as_text: bool = False) -
 def list_mapped(dag_id: str, run_id: str, task_id: str) -> HttpRequest:
     """Return the question whether a task has many instances; `read_is_mapped` reads it.
 
-    The task as its DAG has it (`/dags/{dag_id}/tasks/{task_id}`) does not tell that of one within a task group
-    that is mapped, and neither does the run before the group is expanded.
+    The task as its DAG has it (`/dags/{dag_id}/tasks/{task_id}`) does not tell that of one within a task
+    group that is mapped, and neither does its instance before the group is expanded.
     """
     return HttpRequest("GET", f"{get_task(dag_id, run_id, task_id).path}/listMapped?limit=1")
 
