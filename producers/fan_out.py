@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -73,6 +73,7 @@ def fan_out(
     relay: RelayClient | None = None,
     by: str | None = None,
     fan_out_id: str | None = None,
+    more: Sequence[Mapping[str, str]] = (),
 ) -> FanOut:
     """Hand many triggers to the workers at once, all or none; return without waiting for them.
 
@@ -93,6 +94,8 @@ def fan_out(
     fan_out_id
         The id of the fan-out, from which those of its requests are made: accepted twice, it is one. It must
         then be the same requests.
+    more
+        Further fields of the record of each request, in order; none by default.
 
     Everything is checked before anything is sent: raises TypeError or InvalidRequest, naming the request by
     its index, and ConfGone for a reference to what is no longer kept. Raises BrokerUnavailable when Redis
@@ -110,7 +113,7 @@ def fan_out(
     def items() -> Iterator[Item]:
         for number, request in enumerate(checked):
             task_id = task_id_for("fan-out", fan_out_id, str(number)) if fan_out_id is not None else None
-            accepted = relay.item(request, by=by, task_id=task_id)
+            accepted = relay.item(request, by=by, task_id=task_id, more=more[number] if more else None)
             handles.append(Handle(accepted.task_id, accepted.dag_run_id, relay))
             about = "\0".join(accepted[4:10]) + accepted.more
             yield Item(accepted.task_id, accepted.message, about, accepted.conf)

@@ -15,7 +15,6 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, ClassVar, Final, NoReturn
 
@@ -43,7 +42,7 @@ from ..queues.message import task_id_for
 from ..stores import serving
 from ..stores.claim_check import ConfKeys
 from ..stores.fan_outs import FanOuts
-from ..stores.records import Record, record_key
+from ..stores.records import Record
 from .base import RelayOperator, asked_by, ended_as, has_template, name_of
 from .compat import AIRFLOW_3, AirflowException, AirflowSkipException, parse_datetime
 from .hook import DagrelayHook, RelayTarget, client_for
@@ -66,7 +65,6 @@ MOST_NAMED: Final = 5
 _CHILDREN: Final = uuid.UUID("9d1f3b52-5a0c-5c2e-8d5d-1c2f7d1b6e0f")
 
 _STATES: Final = ("success", "failed")
-_AT_ONCE: Final = 1000
 
 
 class DagRunTrigger(RelayTrigger):
@@ -399,7 +397,7 @@ class RelayFanOutOperator(RelayOperator):
 
     def hand_over(self, client: RelayClient, request_id: str, context: Any, served: serving.Served) -> None:
         """Hand all requests over, each for the run that is its own."""
-        before: dict[tuple[str, str], _Before] = {}
+        before: dict[serving.RunName, serving.RunBefore] = {}
         if served.before is not None:
             with told_as_unavailable():
                 before = _runs_before(client, served.before)
@@ -415,6 +413,7 @@ class RelayFanOutOperator(RelayOperator):
             relay=client,
             by=asked_by(context),
             fan_out_id=request_id,
+            more=[handed_on(one, before, cleared=served.cleared) for one in requests] if before else (),
         )
 
     def outcome(self, context: Any, client: RelayClient, request_id: str) -> Any:
@@ -630,14 +629,6 @@ def _link(url: str | None) -> dict[str, Any]:
 # Many
 
 
-@dataclass(frozen=True, slots=True)
-class _Before:
-    """What became of a run in the fan-out before."""
-
-    done: bool
-    made: bool
-
-
 def _several(name: str, given: Any) -> list[Any]:
     """Return what may be a list, an XCom's sequence, or a list's JSON. Raises InvalidRequest."""
     if isinstance(given, str):
@@ -668,7 +659,7 @@ def _fields_of(given: Any) -> dict[str, Any]:
 def with_run_ids(
     task: str,
     several: Iterable[tuple[str, Mapping[str, Any]]],
-    before: Mapping[tuple[str, str], _Before],
+    before: Mapping[serving.RunName, serving.RunBefore],
     *,
     cleared: bool,
     keys: ConfKeys = ConfKeys(),  # noqa: B008 - never changed
@@ -680,6 +671,7 @@ def with_run_ids(
     else's. Raises InvalidRequest.
     """
     seen: Counter[tuple[Any, ...]] = Counter()
+    known_ids = {run_id for _, _, run_id in before}
     requests = []
     for where, given in several:
         fields = {**given, "conf": conf_of(given.get("conf"), f"{where}: conf")}
@@ -691,9 +683,9 @@ def with_run_ids(
             seen[*asked, digests[0]] += 1
             number = seen[*asked, digests[0]]
             ids = [child_run_id(task, *asked, digest, number) for digest in digests]
-            fields["dag_run_id"] = next((one for one in ids if (dag_id, one) in before), ids[0])
+            fields["dag_run_id"] = next((one for one in ids if one in known_ids), ids[0])
         request = checked_request(fields, where)
-        known = before.get((request.dag_id, request.run_id_for("")))
+        known = before.get(_run_of(request))
         again = cleared or known is None or not known.done
         if before and again and "if_exists" not in given and (ours or (known is not None and known.made)):
             request = request.model_copy(update={"if_exists": "clear"})
@@ -701,21 +693,26 @@ def with_run_ids(
     return requests
 
 
-def _runs_before(client: RelayClient, fan_out_id: str) -> dict[tuple[str, str], _Before]:
-    """Return what became of each run of a fan-out, by its DAG and id. Raises what redis-py raises."""
+def _run_of(request: TriggerRequest) -> serving.RunName:
+    return request.connection, request.dag_id, request.run_id_for("")
+
+
+def handed_on(
+    request: TriggerRequest,
+    before: Mapping[serving.RunName, serving.RunBefore],
+    *,
+    cleared: bool,
+) -> dict[str, str]:
+    """Return what the record of a request is to say of the tries before it."""
+    known = before.get(_run_of(request))
+    return known.handed_on(cleared=cleared) if known is not None else {}
+
+
+def _runs_before(client: RelayClient, fan_out_id: str) -> dict[serving.RunName, serving.RunBefore]:
+    """Return what became of each run of a fan-out. Raises what redis-py raises."""
     state = FanOuts(client.redis).get(fan_out_id)
     ids = [task_id_for("fan-out", fan_out_id, str(number)) for number in range(state.total if state else 0)]
-    found: dict[tuple[str, str], _Before] = {}
-    for start in range(0, len(ids), _AT_ONCE):
-        with client.redis.pipeline(transaction=False) as pipe:
-            for one in ids[start : start + _AT_ONCE]:
-                pipe.hmget(record_key(one), ["dag_id", "dag_run_id", "state", "run"])
-            for dag_id, run_id, ended, run in pipe.execute():
-                if dag_id is not None and run_id is not None:
-                    told = json.loads(run) if run else {}
-                    made = bool(told.get("created") or told.get("cleared"))
-                    found[dag_id.decode(), run_id.decode()] = _Before(ended == b"done", made)
-    return found
+    return serving.runs_before(client.redis, ids)
 
 
 def allowed_of(allowed: Any, total: int) -> int:

@@ -35,6 +35,7 @@ ended_at        worker       when it ended
 corrected_at    worker       when an unknown outcome was found to be a run after all
 fan_out         caller       the fan-out that it is part of (its own id: it is the fan-out)
 part            caller       its chunk and its place in it; outside (worker): it has a message of its own
+run_before      caller       what became of its run in the tries before, as an operator knows: see `serving`
 replay_of       caller       the request of which it is a replay: see `dead`
 tell, at_end    caller       who hears of it, and what its end sends on: see `notices`
 fingerprint     caller       what was asked with an id of the sender's own, as a hash

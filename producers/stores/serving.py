@@ -12,13 +12,15 @@ key                            what
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
 from redis import Redis
 
 from ..contract import MAX_WAIT_S
-from .records import KEEP_S, Script
+from .records import KEEP_S, Script, record_key
 
 SERVED_FOR_S: Final = int(MAX_WAIT_S) + KEEP_S
 """How long it is known by which request a task instance is served: for as long as one may be waited for."""
@@ -118,3 +120,60 @@ def serves(client: Redis, task: str) -> str | None:
 def forget(client: Redis, task: str, request_id: str) -> None:
     """Have the next try begin anew, though this request has ended well. Raises what redis-py raises."""
     FORGET.run(client, (serving_key(task),), (request_id,))
+
+
+# Of a fan-out, whose next try repeats only a part of it
+
+AT_ONCE: Final = 1000
+"""So many records are read in one step."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunBefore:
+    """What became of one run in the tries before."""
+
+    done: bool
+    """It ended well, and nobody has cleared the task since."""
+    made: bool
+    """One of them has made it, or cleared it: it is the task instance's own."""
+
+    def handed_on(self, *, cleared: bool) -> dict[str, str]:
+        """Return what the record of the request that follows is to say: it may never come to its run."""
+        words = [word for word, so in (("done", self.done and not cleared), ("made", self.made)) if so]
+        return {"run_before": " ".join(words)} if words else {}
+
+
+RunName = tuple[str, str, str]
+"""The connection, the DAG and the run id."""
+
+
+def runs_before(client: Redis, ids: Sequence[str]) -> dict[RunName, RunBefore]:
+    """Return what became of the run of each of these requests, as far as it is on record.
+
+    That of one which was stopped before it came to its run is what the try before it knew. Raises what
+    redis-py raises.
+    """
+    found: dict[RunName, RunBefore] = {}
+    for start in range(0, len(ids), AT_ONCE):
+        with client.pipeline(transaction=False) as pipe:
+            for one in ids[start : start + AT_ONCE]:
+                pipe.hmget(record_key(one), _OF_A_RUN)
+            for several in pipe.execute():
+                connection, dag_id, run_id, ended, run, told = (_text(one) for one in several)
+                if dag_id and run_id:
+                    name = (connection, dag_id, run_id)
+                    facts: Mapping[str, object] = json.loads(run) if run else {}
+                    made = bool(facts.get("created") or facts.get("cleared")) or "made" in told
+                    other = found.get(name)
+                    found[name] = RunBefore(
+                        ended == "done" or (not run and "done" in told),
+                        made or (other is not None and other.made),
+                    )
+    return found
+
+
+_OF_A_RUN: Final = ["connection", "dag_id", "dag_run_id", "state", "run", "run_before"]
+
+
+def _text(value: bytes | str | None) -> str:
+    return value.decode() if isinstance(value, bytes) else value or ""

@@ -8,9 +8,10 @@ import pytest
 
 from producers.client import RelayClient, new_task_id
 from producers.contract import TriggerRequest
-from producers.fan_out import fan_out
+from producers.fan_out import FanOut, fan_out
 from producers.stores import serving
 from producers.stores.records import record_key
+from producers.stores.serving import RunBefore, RunName, runs_before
 
 pytestmark = pytest.mark.integration
 
@@ -60,3 +61,56 @@ def test_a_fan_out_that_somebody_stopped_is_not_waited_for_by_the_next_try(relay
     relay.handle(first.request_id).cancel()
     found = take(relay)
     assert (found.how, found.left, found.before) == ("again", None, first.request_id)
+
+
+# What became of each run of a fan-out
+
+RUNS = [
+    TriggerRequest(dag_id="etl", dag_run_id="r", connection="north"),
+    TriggerRequest(dag_id="etl", dag_run_id="r", connection="south"),
+]
+NORTH, SOUTH = ("north", "etl", "r"), ("south", "etl", "r")
+
+
+def ended(relay: RelayClient, fan: FanOut, *ends: dict[str, object] | None) -> dict[RunName, RunBefore]:
+    """Have the requests of a fan-out end, with their runs or, for None, before they came to them."""
+    for handle, run in zip(fan.handles, ends, strict=True):
+        fields = {"state": "cancelled"}
+        if run is not None:
+            state = "done" if run["state"] == "success" else "failed"
+            fields = {"state": state, "run": json.dumps({"dag_run_id": "r", **run})}
+        relay.redis.hset(record_key(handle.id), mapping=fields)
+    return runs_before(relay.redis, [one.id for one in fan.handles])
+
+
+def handed_on(before: dict[RunName, RunBefore], *, cleared: bool = False) -> list[dict[str, str]]:
+    return [before[name].handed_on(cleared=cleared) for name in (NORTH, SOUTH)]
+
+
+def test_runs_of_one_id_in_two_airflows_are_two(relay):
+    first = fan_out(RUNS, relay=relay)
+    before = ended(relay, first, {"state": "success", "created": True}, {"state": "failed", "created": False})
+    assert before == {NORTH: RunBefore(done=True, made=True), SOUTH: RunBefore(done=False, made=False)}
+
+
+def test_what_a_fan_out_did_not_come_to_is_as_the_one_before_left_it(relay):
+    first = fan_out(RUNS, relay=relay)
+    before = ended(relay, first, {"state": "success", "created": True}, {"state": "failed", "created": True})
+
+    second = fan_out(RUNS, relay=relay, more=handed_on(before))
+    assert ended(relay, second, None, None) == before  # somebody stopped it
+    third = fan_out(RUNS, relay=relay, more=handed_on(before, cleared=True))
+    assert ended(relay, third, None, None) == {
+        NORTH: RunBefore(done=False, made=True),
+        SOUTH: RunBefore(done=False, made=True),
+    }
+
+
+def test_a_run_of_our_own_that_a_try_only_waited_for_stays_our_own(relay):
+    first = fan_out(RUNS, relay=relay)
+    made = {"state": "success", "created": True}
+    before = ended(relay, first, made, made)
+
+    joined = {"state": "failed", "created": False, "cleared": False}
+    second = fan_out(RUNS, relay=relay, more=handed_on(before))
+    assert set(ended(relay, second, joined, joined).values()) == {RunBefore(done=False, made=True)}

@@ -17,7 +17,7 @@ from producers import TriggerRequest
 from producers.airflow import dag_runs
 from producers.airflow.operators import RelayFanOutOperator, RelayTriggerDagRunOperator
 from producers.stores.claim_check import ConfKeys
-from producers.stores.serving import Served
+from producers.stores.serving import RunBefore, Served
 
 try:
     from airflow.dag_processing.dagbag import DagBag
@@ -125,16 +125,20 @@ def pure() -> dict[str, Any]:
     """Return what the functions behind the operators say."""
     some = [{"dag_id": "a", "conf": {"n": n}} for n in (1, 2, 1, 3)]
     ids = [run_id for run_id, _ in run_ids(some)]
-    before = {("a", ids[0]): dag_runs._Before(True, True), ("a", ids[1]): dag_runs._Before(False, True)}
+    before = {
+        ("default", "a", ids[0]): RunBefore(done=True, made=True),
+        ("default", "a", ids[1]): RunBefore(done=False, made=True),
+    }
     own = [{"dag_id": "a", "key": "k"}, {"dag_id": "a", "key": "m"}]
     theirs = {
-        ("a", "relay__k"): dag_runs._Before(False, False),
-        ("a", "relay__m"): dag_runs._Before(False, True),
+        ("default", "a", "relay__k"): RunBefore(done=False, made=False),
+        ("default", "a", "relay__m"): RunBefore(done=False, made=True),
     }
     key, newer = "A" * 43 + "=", "B" * 42 + "A="
     keyed = dag_runs.conf_digests(ConfKeys(f"{newer},{key}"), {"a": 1})
     plain = dag_runs.conf_digests(ConfKeys(), {"a": 1})
     reference = {"dagrelay_conf": "sha256:" + "0" * 64, "bytes": 9}
+    elsewhere = {("north", "a", "relay__k"): RunBefore(done=True, made=True)} | theirs
     large = [
         {"id": "i", "dag_id": "a", "dag_run_id": "r", "state": "done", "error": None, "run": "x" * 600_000}
     ] * 2
@@ -144,6 +148,7 @@ def pure() -> dict[str, Any]:
         "again": [how for _, how in run_ids(some, before)],
         "cleared": [how for _, how in run_ids(some, before, cleared=True)],
         "own": [how for _, how in run_ids(own, theirs)],
+        "elsewhere": [how for _, how in run_ids([own[0], own[0] | {"connection": "north"}], elsewhere)],
         "same": dag_runs.conf_digests(ConfKeys(), {"a": 1, "b": 2})
         == dag_runs.conf_digests(ConfKeys(), {"b": 2, "a": 1}),
         "keyed": keyed[0] not in plain,
