@@ -3,7 +3,29 @@
 from __future__ import annotations
 
 try:  # Airflow 3
-    from airflow.sdk import BaseHook, BaseOperator, BaseOperatorLink, BaseSensorOperator
+    from airflow.sdk import BaseOperator, BaseOperatorLink, BaseSensorOperator
+
+    AIRFLOW_3 = True
+except ImportError:
+    from airflow.models.baseoperator import BaseOperator
+    from airflow.models.baseoperatorlink import BaseOperatorLink
+    from airflow.sensors.base import BaseSensorOperator
+
+    AIRFLOW_3 = False
+
+# What came to `airflow.sdk` later says nothing of which Airflow it is.
+
+try:  # 3.1
+    from airflow.sdk import BaseHook
+except ImportError:
+    from airflow.hooks.base import BaseHook
+
+try:  # 3.1
+    from airflow.sdk.timezone import parse as parse_datetime
+except ImportError:
+    from airflow.utils.timezone import parse as parse_datetime
+
+try:  # 3.2
     from airflow.sdk.exceptions import (
         AirflowException,
         AirflowFailException,
@@ -11,14 +33,6 @@ try:  # Airflow 3
         AirflowSensorTimeout,
         AirflowSkipException,
     )
-    from airflow.sdk.timezone import parse as parse_datetime
-
-    try:  # 3.2
-        from airflow.sdk.listener import get_listener_manager
-    except ImportError:
-        from airflow.listeners.listener import get_listener_manager
-
-    AIRFLOW_3 = True
 except ImportError:
     from airflow.exceptions import (
         AirflowException,
@@ -27,14 +41,11 @@ except ImportError:
         AirflowSensorTimeout,
         AirflowSkipException,
     )
-    from airflow.hooks.base import BaseHook
-    from airflow.listeners.listener import get_listener_manager
-    from airflow.models.baseoperator import BaseOperator
-    from airflow.models.baseoperatorlink import BaseOperatorLink
-    from airflow.sensors.base import BaseSensorOperator
-    from airflow.utils.timezone import parse as parse_datetime
 
-    AIRFLOW_3 = False
+try:  # 3.2
+    from airflow.sdk.listener import get_listener_manager
+except ImportError:
+    from airflow.listeners.listener import get_listener_manager
 
 try:
     from airflow.sdk.log import mask_secret

@@ -215,10 +215,9 @@ def _text(value: Any) -> str:
 
 def default_airflow_name() -> str:
     """Return the address of this Airflow, as its configuration has it: what tells it from others."""
-    if AIRFLOW_3:
+    try:  # 3.2
         from airflow.sdk.configuration import conf
+    except ImportError:
+        from airflow.configuration import conf
 
-        return str(conf.get("api", "base_url", fallback=""))
-    from airflow.configuration import conf
-
-    return str(conf.get("webserver", "base_url", fallback=""))
+    return str(conf.get("api" if AIRFLOW_3 else "webserver", "base_url", fallback=""))
