@@ -394,6 +394,24 @@ NO_RETRY: Final = (InvalidRequest, ConfigurationError, RequestCancelled, SubmitU
 go on unseen and would be started twice."""
 
 
+class _Refused(InvalidRequest, AirflowFailException):  # type: ignore[misc]
+    """What is wrong with an operator's arguments; where a mapped task is made as it runs, for good."""
+
+
+_Refused.__name__ = _Refused.__qualname__ = InvalidRequest.__name__  # it is nothing else to who reads it
+
+
+class refused_for_good:
+    """Have Airflow try no mapped task again whose arguments are wrong: it makes its operator as it runs."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, exc: BaseException | None, traceback: object) -> None:
+        if isinstance(exc, InvalidRequest):
+            raise _Refused(exc.reason) from None
+
+
 class _told_to_airflow:
     """Turn our errors into Airflow's: into a failure for good where a retry is not wanted (`NO_RETRY`)."""
 

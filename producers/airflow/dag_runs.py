@@ -43,7 +43,7 @@ from ..stores import serving
 from ..stores.claim_check import ConfKeys
 from ..stores.fan_outs import FanOuts
 from ..stores.records import Record
-from .base import RelayOperator, asked_by, ended_as, has_template, name_of
+from .base import RelayOperator, asked_by, ended_as, has_template, name_of, refused_for_good
 from .compat import AIRFLOW_3, AirflowException, AirflowSkipException, parse_datetime
 from .hook import DagrelayHook, RelayTarget, client_for
 from .links import TRIGGERED_URL, FlowerLink, TriggeredDagLink
@@ -177,8 +177,11 @@ class RelayTriggerDagRunOperator(RelayOperator):
         self.reset_dag_run = reset_dag_run
         self.wait_for_completion = wait_for_completion
         self.poke_interval = poke_interval
-        self.allowed_states = _states("allowed_states", allowed_states or ["success"])
-        self.failed_states = _states("failed_states", ["failed"] if failed_states is None else failed_states)
+        with refused_for_good():
+            self.allowed_states = _states("allowed_states", allowed_states or ["success"])
+            self.failed_states = _states(
+                "failed_states", ["failed"] if failed_states is None else failed_states
+            )
         self.skip_when_already_exists = skip_when_already_exists
         self.fail_when_dag_is_paused = fail_when_dag_is_paused
         self.note = note
@@ -193,7 +196,8 @@ class RelayTriggerDagRunOperator(RelayOperator):
         self.give_up_after_s = give_up_after_s
         self.conf_by = conf_by
         self.triggered_url: str | None = None
-        self._check()
+        with refused_for_good():
+            self._check()
 
     def hand_over(self, client: RelayClient, request_id: str, context: Any, served: serving.Served) -> None:
         """Hand the request over, for the run that is this task instance's."""
@@ -393,7 +397,8 @@ class RelayFanOutOperator(RelayOperator):
         self.give_up_after_s = give_up_after_s
         self.conf_by = conf_by
         self.first_wait_s = 0.0 if wait_for_completion else CREATED_WITHIN_S
-        self._check()
+        with refused_for_good():
+            self._check()
 
     def hand_over(self, client: RelayClient, request_id: str, context: Any, served: serving.Served) -> None:
         """Hand all requests over, each for the run that is its own."""

@@ -13,7 +13,7 @@ from ..contract import Call, Find, JobOutcome, PollRequest, Publish, Submit, Tri
 from ..errors import DagrelayError, InvalidRequest
 from ..stores.serving import Served
 from ..stubs import poll_external_job
-from .base import RelayOperator, asked_by, ended_as, has_template
+from .base import RelayOperator, asked_by, ended_as, has_template, refused_for_good
 from .triggers import RelayTrigger
 
 FIELDS: Final = tuple(name for name in PollRequest.model_fields if name != "task_instance")
@@ -127,7 +127,8 @@ class ExternalJobOperator(RelayOperator):
         self.on_cancel = as_plain(on_cancel)
         self.wake_keys = wake_keys
         self.on_end = on_end
-        check_when_read(given_in(self))
+        with refused_for_good():
+            check_when_read(given_in(self))
 
     def hand_over(self, client: RelayClient, request_id: str, context: Any, served: Served) -> None:
         """Hand the job over. Raises InvalidRequest for what is wrong now that templates are filled in."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Final, Literal
 from ..client import RelayClient
 from ..errors import BrokerUnavailable, InvalidRequest
 from ..stores.serving import Served
-from .base import RelayOperator, asked_by, left_of
+from .base import RelayOperator, asked_by, left_of, refused_for_good
 from .compat import AirflowException, AirflowSensorTimeout, AirflowSkipException, BaseSensorOperator
 from .external_job import ExternalJobTrigger, check_when_read, given_in, request_from, take_outcome
 from .hook import RelayTarget
@@ -102,8 +102,15 @@ class ExternalJobSensor(RelayOperator, BaseSensorOperator):  # type: ignore[misc
         self.max_errors = max_errors
         self.wake_keys = wake_keys
         self.on_end = on_end
+        with refused_for_good():
+            self._check()
+        if request_id is not None:
+            self.cancel_on_kill = False
+
+    def _check(self) -> None:
+        """Raise InvalidRequest for what cannot work, whatever the templates turn out to be."""
         given = {name: value for name, value in given_in(self).items() if name != "method"}
-        if request_id is None:
+        if self.request_id is None:
             if "service" not in given:
                 raise InvalidRequest(_NO_JOB)
             check_when_read(given_in(self))
@@ -111,8 +118,6 @@ class ExternalJobSensor(RelayOperator, BaseSensorOperator):  # type: ignore[misc
             raise InvalidRequest(
                 f"request_id: leave it out, or {', '.join(given)}: that is of a job to be followed"
             )
-        else:
-            self.cancel_on_kill = False
 
     # What Airflow calls
 

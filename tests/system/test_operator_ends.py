@@ -53,3 +53,4 @@ def test_the_triggerer_ends_what_it_can_end_as_a_worker_would(airflow, tmp_path)
     assert late["unknown"].startswith("AirflowFailException: SubmitUnknown")
     assert said["flower_url"] == "https://flower.example.org"  # Airflow reads no URI with a second ://
     assert said["cancelled"] == [["old"], []]
+    assert said["mapped"] == [True] * 5  # no retry for what it cannot mend, as with tasks that are not mapped

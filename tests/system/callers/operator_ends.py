@@ -17,10 +17,15 @@ except ImportError:  # Airflow 2
 
 from producers.airflow import triggers
 from producers.airflow.base import _told_to_airflow
-from producers.airflow.compat import AirflowException
+from producers.airflow.compat import AirflowException, AirflowFailException
 from producers.airflow.hook import DagrelayHook
-from producers.airflow.operators import ExternalJobOperator, RelayTriggerDagRunOperator
-from producers.errors import ResultExpired
+from producers.airflow.operators import (
+    ExternalJobOperator,
+    RelayFanOutOperator,
+    RelayTriggerDagRunOperator,
+)
+from producers.airflow.sensors import ExternalJobSensor
+from producers.errors import InvalidRequest, ResultExpired
 from producers.stores import serving
 from producers.stores.records import Record
 from producers.stores.standing import Standing
@@ -169,8 +174,31 @@ LATE = {
 }
 
 
+def mapped() -> list[bool]:
+    """Return which mapped tasks end for good where an argument turns out wrong as they are made to run."""
+    with DAG("mapped", schedule=None, catchup=False):
+        made = [
+            (ExternalJobOperator.partial(task_id="job", service="train"), {"path": "/{job_id}"}),
+            (ExternalJobSensor.partial(task_id="sensor", path="/x"), {"request_id": "r"}),
+            (RelayTriggerDagRunOperator.partial(task_id="run", **RUN), {"conf": "[1]"}),
+            (RelayTriggerDagRunOperator.partial(task_id="state", **RUN), {"allowed_states": ["running"]}),
+            (RelayFanOutOperator.partial(task_id="fan", **RUN), {"confs": "no JSON"}),
+        ]
+        tasks = [
+            (partial.expand(**{name: [one] for name, one in given.items()}), given) for partial, given in made
+        ]
+    found = []
+    for task, given in tasks:
+        try:
+            task.unmap(given)
+        except InvalidRequest as exc:
+            found.append(isinstance(exc, AirflowFailException))
+    return found
+
+
 said = {
     "taken_late": {name: taken_late(kind, given, **record) for name, (kind, given, record) in LATE.items()},
+    "mapped": mapped(),
     "in_triggerer": in_triggerer(),
     "taken": asyncio.run(event(refused=False)),
     "refused": asyncio.run(event(refused=True)),
