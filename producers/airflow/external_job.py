@@ -21,9 +21,15 @@ FIELDS: Final = tuple(name for name in PollRequest.model_fields if name != "task
 
 _RENDERED_AS_JSON: Final = ("message", "body", "headers", "query", "submit", "find", "then", "on_cancel")
 _NOT_TEMPLATES: Final = ("via", "method", "submit_once")
-_NUMBERS: Final = tuple(
-    name for name, field in PollRequest.model_fields.items() if "float" in str(field.annotation)
+_NUMBERS: Final = frozenset(
+    name
+    for request in (PollRequest, TriggerRequest)
+    for name, field in request.model_fields.items()
+    if "float" in str(field.annotation)
 )
+_WHOLE: Final = ("max_errors", "gone", "priority")
+_TEXTS: Final = ("headers", "query")
+_CALLS: Final = ("submit", "find", "on_cancel")
 
 
 class ExternalJobTrigger(RelayTrigger):
@@ -178,8 +184,12 @@ def given_in(operator: Any) -> dict[str, Any]:
 
 
 def request_from(given: dict[str, Any]) -> PollRequest:
-    """Return the request. Numbers may be text, as templates make them. Raises InvalidRequest."""
-    return poll_external_job.request(**{name: _number(name, _listed(given[name])) for name in given})
+    """Return the request. Raises InvalidRequest.
+
+    Numbers may be text, as templates make them, and what is text a number: as an XCom, or as what a DAG with
+    `render_template_as_native_obj` makes of a template.
+    """
+    return poll_external_job.request(**{name: _as_asked(name, _listed(given[name])) for name in given})
 
 
 def _listed(value: Any) -> Any:
@@ -191,11 +201,30 @@ def _listed(value: Any) -> Any:
     return value
 
 
+def _as_asked(name: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        if name in _TEXTS:
+            return {key: _text(part) for key, part in value.items()}
+        if name == "then":
+            return {key: _number(key, part) for key, part in value.items()}
+        if name in _CALLS:
+            return {key: _as_asked(key, part) if key in _TEXTS else part for key, part in value.items()}
+    if name == "job_id":
+        return _text(value)
+    if name == "gone" and isinstance(value, list):
+        return [_number(name, part) for part in value]
+    return _number(name, value)
+
+
+def _text(value: Any) -> Any:
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
 def _number(name: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return float(value) if name in _NUMBERS else int(value) if name == "max_errors" else value
+        return float(value) if name in _NUMBERS else int(value) if name in _WHOLE else value
     except ValueError:
         raise InvalidRequest(f"{name}: {value[:50]!r} is no number") from None
 

@@ -48,6 +48,11 @@ RIGHT = {
     "submit_as_a_model": LOOK | {"submit": Submit(path="/jobs")},
     "url": {"service": "train", "url": "{{ params.url }}", "job_id": "1"},
     "queue": {"service": "train", "via": "queue", "message": other.output},
+    "numbers_as_text": LOOK
+    | {"job_id": "1", "timeout_s": "5", "max_errors": "2", "gone": ["404"]}
+    | {"then": {"dag_id": "d", "priority": "3", "give_up_after_s": "60"}},
+    "texts_as_numbers": {"service": "train", "path": "/jobs/{job_id}", "job_id": 5, "query": {"page": 2}},
+    "texts_as_numbers_within": LOOK | {"submit": {"path": "/jobs", "headers": {"X-Day": 7}}},
 }
 WRONG = {
     "path": {"service": "train"},
