@@ -725,7 +725,7 @@ def allowed_of(allowed: Any, total: int) -> int:
     if not isinstance(allowed, bool) and isinstance(allowed, int) and allowed >= 0:
         return allowed
     if isinstance(allowed, float) and 0 <= allowed <= 1:
-        return int(allowed * total)
+        return int(allowed * total + 1e-9)  # 0.29 of 100 are 28.999999999999996
     raise InvalidRequest("allowed_failures: give a number of 0 or more, or a fraction from 0.0 to 1.0")
 
 

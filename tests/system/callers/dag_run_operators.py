@@ -155,7 +155,8 @@ def pure() -> dict[str, Any]:
         "reference": dag_runs.conf_digests(ConfKeys(key), reference),
         "first_key": run_ids(some, before, keys=key)[:2] == run_ids(some, before)[:2],
         "newer_key": [has_the_run_of(served_by, f"{newer},{key}") for served_by in ("", key, newer)],
-        "allowed": [dag_runs.allowed_of(given, 50) for given in (0, 3, 0.05, 1.0)],
+        "allowed": [dag_runs.allowed_of(given, 50) for given in (0, 3, 0.05, 1.0)]
+        + [dag_runs.allowed_of(0.29, 100)],
         "shortened": dag_runs.shortened(large)[0],
         "given": len(run_ids([TriggerRequest("a").model_dump(exclude_unset=True)])),
     }
