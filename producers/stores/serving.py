@@ -6,7 +6,8 @@ key                            what
 ``dagrelay:serves:<task>``     hash: `request`, the id of the request that serves it; `generation`, which
                                changes when somebody clears the task instance, and not when it is retried;
                                `before`, `cleared`, `made`, `left`: see `Served`; `forgotten`, the id of a
-                               request whose outcome was not good enough
+                               request whose outcome was not good enough; `doubted`, the last of which it
+                               was not known, as another followed it, whether it has made its run
 ============================== ===========================================================================
 """
 
@@ -30,14 +31,14 @@ SERVED_FOR_S: Final = int(MAX_WAIT_S) + KEEP_S
 # before, whether a clear lies between the two ('1'), and the run that one of them has made.
 TAKE: Final = Script("""
 local known = redis.call('HMGET', KEYS[1],
-  'request', 'generation', 'forgotten', 'before', 'cleared', 'made', 'left')
-for part = 4, 7 do known[part] = known[part] or '' end
+  'request', 'generation', 'forgotten', 'before', 'cleared', 'made', 'left', 'doubted')
+for part = 4, 8 do known[part] = known[part] or '' end
 if not known[1] then
   redis.call('HSET', KEYS[1], 'request', ARGV[1], 'generation', ARGV[2])
   redis.call('EXPIRE', KEYS[1], ARGV[3])
   return {ARGV[1], 'first', '', '', '', ''}
 end
-local record = redis.call('HMGET', 'dagrelay:record:' .. known[1], 'state', 'cancel_by', 'run')
+local record = redis.call('HMGET', 'dagrelay:record:' .. known[1], 'state', 'cancel_by', 'run', 'unsure')
 local state = record[1]
 local stopped = redis.call('HGET', 'dagrelay:fan-out:' .. known[1], 'stopped')
 local cancelled = record[2] or (stopped and string.find(stopped, 'asked by ', 1, true) == 1)
@@ -57,10 +58,17 @@ else  -- its try was cut short before it handed over, and maybe before it cancel
   if cleared == '' then cleared = known[5] end
   if known[4] ~= '' then before = known[4] end
 end
-local run = record[3] and cjson.decode(record[3])
-if type(run) == 'table' and (run.created == true or run.cleared == true) then known[6] = run.dag_run_id end
+local function look_for_made(run)
+  run = run and cjson.decode(run)
+  if type(run) == 'table' and (run.created == true or run.cleared == true) then known[6] = run.dag_run_id end
+end
+if known[8] ~= '' then look_for_made(redis.call('HGET', 'dagrelay:record:' .. known[8], 'run')) end
+look_for_made(record[3])
+if state and not record[3] and (record[4] or state == 'accepted' or state == 'waiting') then
+  known[8] = known[1]
+end
 redis.call('HSET', KEYS[1], 'request', ARGV[1], 'generation', ARGV[2], 'before', before,
-  'cleared', cleared, 'made', known[6], 'left', left)
+  'cleared', cleared, 'made', known[6], 'left', left, 'doubted', known[8])
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 return {ARGV[1], 'again', left, before, cleared, known[6]}
 """)

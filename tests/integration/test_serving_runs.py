@@ -39,6 +39,19 @@ def test_a_run_that_was_made_stays_the_task_instances_own_whatever_comes_between
     assert take(relay, "2").made == "r1"
 
 
+@pytest.mark.parametrize("then", [{"state": "cancelled", "unsure": "1"}, {"state": "accepted"}])
+def test_a_run_that_is_found_to_be_made_only_later_is_the_task_instances_own(relay, then):
+    first = take(relay)
+    relay.enqueue(REQUEST, task_id=first.request_id)
+    relay.redis.hset(record_key(first.request_id), mapping=then)  # Airflow's answer was lost, or is to come
+    second = take(relay, "2")
+    assert second.made is None
+    failed(relay, second.request_id)  # RunExists
+    made = {"state": "done", "run": json.dumps({"dag_run_id": "r1", "created": True})}
+    relay.redis.hset(record_key(first.request_id), mapping=made)  # looked up
+    assert take(relay, "2").made == "r1"
+
+
 def test_a_run_that_was_only_joined_is_somebody_elses(relay):
     failed(relay, take(relay).request_id, created=False, cleared=False)
     assert take(relay).made is None
