@@ -6,6 +6,7 @@ import logging
 import signal
 import sys
 from functools import partial
+from typing import Final
 
 import uvicorn
 from fastapi import FastAPI
@@ -18,6 +19,10 @@ from .settings import GatewaySettings
 SWITCH_EVERY_S = 0.001
 """How long the event loop and the thread that speaks to Redis leave the interpreter to each other: at
 Python's own 5 ms, an answer of Redis waits for so long while requests are read."""
+
+WORKER_ANSWERS_WITHIN_S: Final = 30
+"""uvicorn ends a process that says nothing for so long, 5 s by default. On a busy machine one takes longer
+than that to begin, and was begun anew for ever."""
 
 
 def serve(settings: GatewaySettings) -> int:
@@ -41,6 +46,7 @@ def serve(settings: GatewaySettings) -> int:
         ssl_keyfile=settings.tls_key,
         timeout_graceful_shutdown=max(1, round(settings.stop_within_s)),
         backlog=2048,
+        timeout_worker_healthcheck=WORKER_ANSWERS_WITHIN_S,
     )
     _log()
     if settings.workers > 1:

@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from redis import Redis
@@ -191,6 +192,16 @@ def test_several_processes_share_one_port(tmp_path):
         assert len(answers) == 1
         with Redis.from_url(valkey.url) as redis:
             assert redis.llen(QUEUE_TRIGGERS) == 1
+        # One that says nothing for a while, as at its start on a busy machine, is not ended and begun anew.
+        pid = gateway.process.pid
+        parts = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        for part in parts:
+            os.kill(int(part), signal.SIGSTOP)
+        time.sleep(8)
+        for part in parts:
+            os.kill(int(part), signal.SIGCONT)
+        assert gateway.ask("GET", "/livez").status == 200
+        assert Path(f"/proc/{pid}/task/{pid}/children").read_text().split() == parts
 
 
 @pytest.mark.parametrize(
