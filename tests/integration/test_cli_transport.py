@@ -215,6 +215,7 @@ def test_a_run_is_waited_for_by_a_list_for_each_dag(relay, cli, start_worker):
     start_worker(connections={"default": cli.conn()})
     handles = [relay.enqueue(TriggerRequest("daily_sales", {"n": n}, wait=True)) for n in range(4)]
     until(lambda: len(cli.runs) == 4, timeout_s=60)
+    until(lambda: all(handle.state == "waiting" for handle in handles))
     cli.ended("success")
 
     assert {handle.get(timeout=90).state for handle in handles} == {"success"}

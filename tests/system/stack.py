@@ -161,6 +161,7 @@ class Stack:
     def __init__(self, airflow: AirflowUnderTest, folder: Path) -> None:
         self.airflow, self.folder = airflow, folder
         self._parts = ExitStack()
+        self.workers: list[Worker] = []
         self.valkey = self._parts.enter_context(Valkey())
         self.redis: Redis = Redis.from_url(self.valkey.url, decode_responses=True)
         self._env = clean_env(DAGRELAY_REDIS_URL=self.valkey.url, DAGRELAY_CLIENT_NAME=CALLER_NAME)
@@ -181,7 +182,20 @@ class Stack:
         """
         connections = {"default": uri or self.airflow.conn_uri} | ({"old": old} if old else {})
         worker = Worker(self.valkey.url, self.folder, connections=connections, name=name, **(QUICK | env))
-        return self._parts.enter_context(worker)
+        self.workers.append(self._parts.enter_context(worker))
+        return worker
+
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Have no worker look meanwhile: their processes stand still."""
+        alive = [worker.pid for worker in self.workers if worker.process.alive]
+        for pid in alive:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in alive:
+                os.kill(pid, signal.SIGCONT)
 
     def publish_raw(self, task_id: str, message: dict[str, Any]) -> None:
         """Put a message on the queue past our door, as a Celery client of whatever language would."""
