@@ -26,7 +26,6 @@ from ..client import RelayClient, new_task_id, told_as_unavailable
 from ..contract import JobOutcome
 from ..errors import (
     BrokerUnavailable,
-    ConfigurationError,
     DagrelayError,
     InvalidRequest,
     RequestCancelled,
@@ -389,9 +388,10 @@ def has_template(value: Any) -> bool:
     return hasattr(value, "iter_references") or callable(value)  # an XComArg; what Airflow calls to render
 
 
-NO_RETRY: Final = (InvalidRequest, ConfigurationError, RequestCancelled, SubmitUnknown)
+NO_RETRY: Final = (InvalidRequest, RequestCancelled, SubmitUnknown)
 """After these Airflow does not try again: it could change nothing, somebody wanted the end, or the work may
-go on unseen and would be started twice."""
+go on unseen and would be started twice. Not after a ConfigurationError: where a store of secrets is away,
+Airflow says that there is no such connection, and what was handed over waits to be found."""
 
 
 class _Refused(InvalidRequest, AirflowFailException):  # type: ignore[misc]

@@ -542,7 +542,6 @@ def test_arguments_are_refused_by_name_as_far_as_their_templates_let_know(rig: R
 @pytest.mark.parametrize(
     ("dag_id", "words"),
     [
-        ("no_connection", "relay_conn_id: Airflow has no connection 'nowhere'"),
         ("no_service", "service 'nowhere' is not configured in the worker"),
         ("bad_when_run", "path: is no path within the service"),
     ],
@@ -551,6 +550,13 @@ def test_what_no_retry_can_mend_fails_at_once(rig: Rig, dag_id: str, words: str)
     assert rig.ended(dag_id) == "failed"
     assert rig.task(dag_id)["try_number"] == 1
     assert words in rig.log(dag_id)
+
+
+def test_a_connection_that_airflow_cannot_read_fails_a_try_by_its_name(rig: Rig) -> None:
+    """Airflow says so of all, while a store of secrets is away."""
+    assert rig.ended("no_connection") == "failed"
+    assert rig.task("no_connection")["try_number"] == 2
+    assert "relay_conn_id: Airflow has no connection 'nowhere'" in rig.log("no_connection", 2)
 
 
 def test_a_redis_that_is_away_fails_a_try_with_one_line_that_names_it(rig: Rig) -> None:

@@ -81,7 +81,7 @@ job("cancelled_outside", retries=3)
 job("too_long", execution_timeout=timedelta(seconds=20))
 job("run_too_long", dag={"dagrun_timeout": timedelta(seconds=40)})
 job("no_service", service="nowhere", retries=3)
-job("no_connection", relay_conn_id="nowhere", retries=3)
+job("no_connection", relay_conn_id="nowhere", retries=1)
 job("redis_away", relay_conn_id="refused", retries=1)
 job("bad_when_run", path="{{ dag_run.conf['bad_path'] }}", retries=3)
 job(

@@ -60,7 +60,7 @@ parent(
 parent("own_run_id", trigger_run_id="own", conf={"fail_once": True}, result_from="say", retries=1, **WAIT)
 parent("date", trigger_dag_id="leaf", logical_date="{{ dag_run.conf['date'] }}", **WAIT)
 parent("paused", trigger_dag_id="paused_child", fail_when_dag_is_paused=True)
-parent("no_connection", relay_conn_id="nowhere", retries=3)
+parent("no_connection", relay_conn_id="nowhere", retries=1)
 parent("redis_away", relay_conn_id="refused", retries=1)
 parent("bad_conf", conf="{{ dag_run.conf }}", retries=3)
 parent("marked", conf={"until": FILE}, stop_run=True, **WAIT)
