@@ -303,7 +303,13 @@ class RelayTriggerDagRunOperator(RelayOperator):
             raise InvalidRequest(
                 f"fail_when_dag_is_paused: contradicts if_paused={self.if_paused!r}: give one of them"
             )
-        waits = has_template(self.wait_for_completion) or self._waits
+        known = not has_template(self.wait_for_completion)
+        waits = not known or self._waits
+        if known and waits and not any(map(self._is_good, _STATES)):
+            raise InvalidRequest(
+                "failed_states: has each of the allowed_states, so whatever becomes of the run fails the "
+                "task: take it from one of the two (failed_states=[], say)"
+            )
         if not has_template(self.skip_when_already_exists):
             _truth("skip_when_already_exists", self.skip_when_already_exists)
         conf = None if has_template(self.conf) else conf_of(self.conf)

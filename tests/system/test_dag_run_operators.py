@@ -227,6 +227,7 @@ def test_what_cannot_work_is_refused_as_the_file_is_read_and_the_examples_are_re
         "both": "InvalidRequest: reset_dag_run and skip_when_already_exists: give one",
         "paused": "InvalidRequest: fail_when_dag_is_paused: contradicts if_paused='hold'",
         "state": "InvalidRequest: allowed_states: has 'running'",
+        "no_state": "InvalidRequest: failed_states: has each of the allowed_states",
         "no_wait": "InvalidRequest: result_from: needs wait_for_completion=True",
         "beside_a_template": "InvalidRequest: window: is neither",
         "truth": "InvalidRequest: wait_for_completion: is neither true nor false",

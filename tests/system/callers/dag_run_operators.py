@@ -37,6 +37,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "both": {"reset_dag_run": True, "skip_when_already_exists": True},
     "paused": {"fail_when_dag_is_paused": True, "if_paused": "hold"},
     "state": {"allowed_states": ["running"]},
+    "no_state": {"allowed_states": ["failed"], "wait_for_completion": True},
     "no_wait": {"result_from": "say"},
     "beside_a_template": {"conf": "{{ ds }}", "window": 0},
     "truth": {"wait_for_completion": "perhaps"},

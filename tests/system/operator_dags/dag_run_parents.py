@@ -51,7 +51,7 @@ parent("flaky", **WAIT, conf={"fail_once": True}, result_from="say", retries=1)
 # Airflow 2.11 may count the killed try twice: by its exit code, and by what the executor says.
 parent("killed", Dying, **WAIT, result_from="say", retries=3)
 parent("failed_is_good", **WAIT, conf={"fail": True}, allowed_states=["success", "failed"], failed_states=[])
-parent("success_is_bad", **WAIT, failed_states=["success", "failed"], allowed_states=["success"], retries=1)
+parent("success_is_bad", **WAIT, failed_states=["success"], allowed_states=["failed"], retries=1)
 parent("taken", trigger_run_id="taken", conf={"n": 1}, **WAIT)
 parent("taken_skip", trigger_run_id="taken", conf={"n": 2}, skip_when_already_exists=True)
 parent(
