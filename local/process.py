@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 GUARD = Path(__file__).with_name("guard.py")
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,39 +65,37 @@ class Process:
         self.grace_s = grace_s
         self._asked_to_stop = False
         log.parent.mkdir(parents=True, exist_ok=True)
-        guard = [sys.executable, "-I", "-S", str(GUARD)]
+        with log.open("ab") as output:
+            self._guard, said = self._launch(output, env, cwd, user)
+        if not said.isdecimal():
+            self._guard.wait()
+            raise PartFailed(f"{self.name} cannot be run: {said.removeprefix('error ') or 'its guard ended'}")
+        self.pid = int(said)
+
+    def _launch(
+        self, output: BinaryIO, env: Mapping[str, str] | None, cwd: Path | None, user: str | None
+    ) -> tuple[subprocess.Popen[bytes], str]:
+        """Start the guard; return it, and the line in which it says the command's pid or what went wrong."""
         read_end, write_end = os.pipe()
+        guard = [sys.executable, "-I", "-S", str(GUARD), str(write_end)]
         try:
-            with log.open("ab") as output:
-                self._guard = subprocess.Popen(
-                    [
-                        *guard,
-                        str(write_end),
-                        str(int(stop_signal)),
-                        str(grace_s),
-                        user or "-",
-                        "--",
-                        *self.argv,
-                    ],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env=None if env is None else dict(env),
-                    cwd=cwd,
-                    pass_fds=(write_end,),
-                    start_new_session=True,
-                )
+            made = subprocess.Popen(
+                [*guard, str(int(self.stop_signal)), str(self.grace_s), user or "-", "--", *self.argv],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=None if env is None else dict(env),
+                cwd=cwd,
+                pass_fds=(write_end,),
+                start_new_session=True,
+            )
         except BaseException:
             os.close(read_end)
             raise
         finally:
             os.close(write_end)
         with os.fdopen(read_end) as report:
-            said = report.readline().strip()
-        if not said.isdecimal():
-            self._guard.wait()
-            raise PartFailed(f"{self.name} cannot be run: {said.removeprefix('error ') or 'its guard ended'}")
-        self.pid = int(said)
+            return made, report.readline().strip()
 
     def poll(self) -> int | None:
         """The command's return code, negative for a signal; None while it runs."""

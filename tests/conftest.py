@@ -7,6 +7,11 @@ from typing import Any
 
 import pytest
 
+from tests.preloaded import process
+from tests.worker import Worker
+
+Worker.made_by = process
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import ClassVar
 
 from local.process import Process, clean_env
 
@@ -18,6 +20,9 @@ class Worker:
     `connections` maps connection ids to AIRFLOW_CONN_ values. `alone=False` has it speak with other workers,
     as one by `make worker` does. It is ready when `__enter__` returns.
     """
+
+    made_by: ClassVar[Callable[..., Process]] = Process
+    """Tests set it to `preloaded.process`; benchmarks do not."""
 
     def __init__(
         self,
@@ -47,7 +52,8 @@ class Worker:
     def start(self) -> Worker:
         """Start it; return when it takes messages."""
         seen = len(self.text())
-        self._process = Process(self._argv, log=self.log, env=self._env, cwd=ROOT, name="worker", grace_s=20)
+        made = type(self).made_by
+        self._process = made(self._argv, log=self.log, env=self._env, cwd=ROOT, name="worker", grace_s=20)
         try:
             self._process.wait_until(
                 lambda: " ready." in self.text()[seen:], timeout_s=30, what="ready", every_s=0.05

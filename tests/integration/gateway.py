@@ -12,6 +12,7 @@ from typing import Any
 
 from local.process import Process, clean_env, free_port
 from producers.keys import new_key
+from tests.preloaded import process
 from tests.worker import ROOT
 
 DAGRELAY = ROOT / ".venv" / "bin" / "dagrelay"
@@ -54,7 +55,7 @@ class GatewayProcess:
         return new_key(self.keys, name, **given)
 
     def start(self) -> GatewayProcess:
-        self._process = Process(self._argv, log=self.log, env=self._env, cwd=self.folder, name="gateway")
+        self._process = process(self._argv, log=self.log, env=self._env, cwd=self.folder, name="gateway")
         try:
             self._process.wait_until(self._answers, timeout_s=60, what="answering")
         except BaseException:
