@@ -89,6 +89,8 @@ def relay(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RelayClien
         argv = [str(DAGRELAY), "listen", "--answers", "render"]
         listener = Process(argv, log=tmp_path / "listen.log", env=env, cwd=ROOT, name="listener")
         stack.callback(listener.stop)
+        log = tmp_path / "listen.log"  # an answer to a place that is not there yet would be lost
+        listener.wait_until(lambda: "listening source=" in log.read_text(), timeout_s=60, what="listening")
         config = {"url": url, "queue": "render", "reply_to": "done"}
         settings = {"DAGRELAY_SERVICE_RENDER": json.dumps(config), "DAGRELAY_RETRY_CAP_S": "0.3"}
         stack.enter_context(Worker(valkey.url, tmp_path, **settings))
