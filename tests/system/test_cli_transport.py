@@ -28,8 +28,17 @@ def test_a_request_becomes_a_run_by_the_command_alone_and_is_waited_for(airflow,
     worker = stack.start_worker(json.dumps({"conn_type": "airflow", "extra": extra}))
     asked = {"dag_id": "echo", "key": "by-cli", "conf": CONF}
 
-    made = outcomes(stack, asked | {"wait": True})[0]["run"]
-    again, other = outcomes(stack, asked, asked | {"conf": {"n": 2}})
+    at = {"logical_date": "2026-01-02T03:04:05.678901Z"}
+    first, wrong, dated = outcomes(
+        stack,
+        asked | {"wait": True},
+        {"dag_id": "strict", "key": "cli-wrong", "conf": {"day": "s3cr3t-canary"}},
+        {"dag_id": "quiet", "key": "cli-dated", **at},
+    )
+    again, other, taken = outcomes(
+        stack, asked, asked | {"conf": {"n": 2}}, {"dag_id": "quiet", "key": "cli-taken", **at}
+    )
+    made = first["run"]
 
     assert (made["created"], made["state"], made["url"]) == (True, "success", None)
     assert airflow.returned("echo", "relay__by-cli", "say")["conf"] == CONF
@@ -38,13 +47,6 @@ def test_a_request_becomes_a_run_by_the_command_alone_and_is_waited_for(airflow,
     assert f"version={airflow.environment.release}" in worker.text()
     assert str(CONF["text"]) not in worker.text()
     # What the command refuses is told as the API tells it.
-    at = {"logical_date": "2026-01-02T03:04:05.678901Z"}
-    wrong, dated = outcomes(
-        stack,
-        {"dag_id": "strict", "key": "cli-wrong", "conf": {"day": "s3cr3t-canary"}},
-        {"dag_id": "quiet", "key": "cli-dated", **at},
-    )
-    taken = outcomes(stack, {"dag_id": "quiet", "key": "cli-taken", **at})[0]
     assert wrong["error"] == "RequestRejected"
     assert "param day" in wrong["text"]
     assert "s3cr3t-canary" not in wrong["text"]
