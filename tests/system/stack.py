@@ -119,14 +119,8 @@ class AirflowUnderTest(Airflow):
     @contextmanager
     def frozen_api(self) -> Iterator[None]:
         """Have the API take connections and do nothing; afterwards it goes on where it was."""
-        pids = below(self.processes["api"].pid)
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
-        try:
+        with standing_still(below(self.processes["api"].pid)):
             yield
-        finally:
-            for pid in pids:
-                os.kill(pid, signal.SIGCONT)
 
     @contextmanager
     def without_database(self) -> Iterator[None]:
@@ -153,6 +147,19 @@ def below(pid: int) -> list[int]:
     """A process and all that it started, by Linux' own list."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [pid, *(found for child in children for found in below(int(child)))]
+
+
+@contextmanager
+def standing_still(pids: Iterable[int]) -> Iterator[None]:
+    """Have processes stop where they are; afterwards they go on."""
+    pids = list(pids)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
 
 
 class Stack:
@@ -188,14 +195,8 @@ class Stack:
     @contextmanager
     def unseen(self) -> Iterator[None]:
         """Have no worker look meanwhile: their processes stand still."""
-        alive = [worker.pid for worker in self.workers if worker.process.alive]
-        for pid in alive:
-            os.kill(pid, signal.SIGSTOP)
-        try:
+        with standing_still([worker.pid for worker in self.workers if worker.process.alive]):
             yield
-        finally:
-            for pid in alive:
-                os.kill(pid, signal.SIGCONT)
 
     def publish_raw(self, task_id: str, message: dict[str, Any]) -> None:
         """Put a message on the queue past our door, as a Celery client of whatever language would."""
