@@ -13,8 +13,9 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Final, overload
 
 from redis import BlockingConnectionPool, ConnectionPool, Redis
 from redis.backoff import NoBackoff
@@ -298,7 +299,41 @@ def _signatures(given: Any, option: str) -> list[Signature[Any]] | None:
     for signature in several:
         if not isinstance(signature, dict) or not signature.get("task"):
             raise InvalidRequest(f"{option}: give a Celery signature, e.g. my_task.s(), or a list of them")
-    return list(several) or None
+    return [with_queue(signature) for signature in several] or None
+
+
+def with_queue(signature: Any, app: Any = None) -> Any:
+    """Return a callback with the queue to which its own app sends it, where it names none.
+
+    The worker that sends it knows no other app's routes, nor its default queue: nobody would read it.
+    """
+    if not isinstance(signature, dict):
+        return signature
+    app = getattr(signature, "_app", None) or app
+    kwargs = dict(signature.get("kwargs") or {})
+    for part in _PARTS.get(signature.get("task", ""), ()):
+        inner: Any = kwargs.get(part)
+        several = isinstance(inner, list | tuple)
+        kwargs[part] = [with_queue(one, app) for one in inner] if several else with_queue(inner, app)
+    if signature.get("task") in _PARTS:
+        return {**signature, "kwargs": kwargs}
+    options = signature.get("options") or {}
+    if app is None or options.keys() & {"queue", "exchange", "routing_key"}:
+        return signature
+    queue: Any = None
+    with suppress(KeyError):  # a queue that its app does not know, and may not make
+        route = app.amqp.router.route({}, signature["task"], signature.get("args") or (), kwargs)
+        queue = route.get("queue")
+    name = getattr(queue, "name", queue)
+    return {**signature, "options": {**options, "queue": name}} if isinstance(name, str) else signature
+
+
+_PARTS: Final = {
+    "celery.chain": ("tasks",),
+    "celery.group": ("tasks",),
+    "celery.chord": ("header", "body"),
+}
+"""Where a canvas has its signatures."""
 
 
 _client: RelayClient | None = None

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
-from .client import RelayClient, client, new_task_id, told_as_unavailable
+from .client import RelayClient, client, new_task_id, told_as_unavailable, with_queue
 from .contract import MAX_FAN_OUT, QUEUE_LOOKS, QUEUE_TRIGGERS, TRIGGER_DAG, Outcome, TriggerRequest
 from .errors import InvalidRequest, RequestUnknown
 from .handle import Handle
@@ -81,7 +81,8 @@ def fan_out(
         Up to 50,000 of `TriggerRequest`, or dicts of its fields. None at all is a fan-out too.
     then
         A Celery signature to be sent once, when all have ended: its first argument is the list of outcomes,
-        dicts with the fields of `Outcome`. Its queue must be in the Redis of Dagrelay's workers.
+        dicts with the fields of `Outcome`. It goes to the queue that it names, else to the one to which its
+        own app sends it, in the Redis of Dagrelay's workers.
     on_error
         ``stop``: after the first request that failed nothing more is started, and what was not begun ends as
         cancelled. It makes a fan-out slower: each chunk of 200 waits for what it has begun.
@@ -178,7 +179,7 @@ def _checked_callback(then: Any) -> dict[str, Any] | None:
             "then: a list of outcomes is no conf: use trigger_dag.si(…), which takes nothing from it"
         )
     try:
-        made: dict[str, Any] = json.loads(json.dumps(then, allow_nan=False))
+        made: dict[str, Any] = json.loads(json.dumps(with_queue(then), allow_nan=False))
     except (TypeError, ValueError) as exc:
         raise InvalidRequest(f"then: is no JSON ({exc}): give text, numbers, lists and objects") from None
     return made

@@ -98,7 +98,8 @@ class TaskStub(Generic[P, R, T]):
         priority
             0 to 9 as in Celery on Redis: 0 goes first.
         link, link_error
-            Signatures to send on success and on failure; workers must be able to route them.
+            Signatures to send on success and on failure: to the queue that each names, else to the one to
+            which its own app sends it, in the Redis of Dagrelay's workers.
         traceparent, tracestate
             The W3C trace context to which this belongs. Left out, it is that of OpenTelemetry's current span,
             where the caller has one. It goes to the worker, to Airflow and into the run's note.

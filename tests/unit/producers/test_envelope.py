@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
-from celery import Celery
+from celery import Celery, chain
 from celery.worker.request import Request
 from hypothesis import given
 from hypothesis import strategies as st
@@ -236,6 +236,26 @@ def test_callbacks_travel_as_celery_reads_them(app, nobody):
 
     for name in ("callbacks", "errbacks"):
         assert app.signature(embed[name][0]) == json.loads(json.dumps(callback))
+
+
+def test_a_callback_goes_to_the_queue_of_its_own_app(nobody):
+    host = Celery("host", set_as_current=False)
+    host.conf.update(task_default_queue="mine", task_routes={"host.report": {"queue": "reports"}})
+    done = host.signature("host.done")
+    several = chain(host.signature("host.report"), done, app=host)
+    given = [
+        done,
+        host.signature("host.report"),
+        done.clone().set(queue="other"),
+        {"task": "no.app"},
+        several,
+    ]
+
+    embed = json.loads(json.loads(nobody.item(SALES, link=given).message)["body"])[2]["callbacks"]
+
+    assert [one.get("options", {}).get("queue") for one in embed] == ["mine", "reports", "other", None, None]
+    assert [one["options"]["queue"] for one in embed[4]["kwargs"]["tasks"]] == ["reports", "mine"]
+    assert "queue" not in done.options  # the caller's own is as it was
 
 
 def test_what_is_no_request_is_a_type_error(nobody):
