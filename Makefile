@@ -31,6 +31,9 @@ hold: export HOLD_REASON := $(value REASON)
 REDIS = [ -n "$$DAGRELAY_REDIS_URL$$DAGRELAY_REDIS_URL_FILE" ] || [ -z "$$REDIS_URL" ] || \
 	export DAGRELAY_REDIS_URL="$$REDIS_URL"; \
 	[ -n "$$DAGRELAY_REDIS_URL_FILE" ] || [ ! -f .local/up/env ] || . ./.local/up/env;
+# For what is nothing without one.
+NEED_REDIS = $(REDIS) [ -n "$$DAGRELAY_REDIS_URL$$DAGRELAY_REDIS_URL_FILE" ] || \
+	{ echo 'DAGRELAY_REDIS_URL is not set, and no stack is up here: make up starts one' >&2; exit 78; };
 
 help:
 	@echo 'make TARGET'
@@ -53,65 +56,65 @@ worker: $(READY)  ## one worker, here in the foreground (AIRFLOW_CONN_DEFAULT)
 	@$(REDIS) exec $(PY) -m celery -A tasks worker $(ARGS)
 
 flower: $(READY)  ## Flower, here in the foreground
-	@$(REDIS) exec $(PY) -m local.up flower
+	@$(NEED_REDIS) exec $(PY) -m local.up flower
 
-airflow: $(READY)  ## a real Airflow for development, here in the foreground ([VERSION=3|2] [PORT=8080])
-	@exec $(PY) -m local.airflow --version $(VERSION) $(if $(PORT),--port $(PORT))
+airflow: $(READY)  ## a real Airflow for development, with our operators, in the foreground ([VERSION=3|2] [PORT=8080])
+	@$(REDIS) exec $(PY) -m local.airflow --version $(VERSION) $(if $(PORT),--port $(PORT)) --provider --triggerer $(ARGS)
 
 listen: $(READY)  ## take requests from a queue, in the foreground (DAGRELAY_LISTEN_URL [ARGS='--rules rules.toml'])
-	@$(REDIS) exec $(VENV)/bin/dagrelay listen $(ARGS)
+	@$(NEED_REDIS) exec $(VENV)/bin/dagrelay listen $(ARGS)
 
 trigger: $(READY)  ## start a run: DAG=daily_sales [CONF='{"region": "north"}'] [KEY=…]
 	@[ -n "$$TRIGGER_DAG" ] || { echo "which DAG? make trigger DAG=daily_sales CONF='{…}'" >&2; exit 64; }
-	@$(REDIS) set --; \
+	@$(NEED_REDIS) set --; \
 	[ -z "$$TRIGGER_CONF" ] || set -- "$$@" "--conf=$$TRIGGER_CONF"; \
 	[ -z "$$TRIGGER_KEY" ] || set -- "$$@" "--key=$$TRIGGER_KEY"; \
 	exec $(VENV)/bin/dagrelay trigger "$$@" -- "$$TRIGGER_DAG"
 
 status: $(READY)  ## what became of a request, and its history: ID=…
 	@[ -n "$$STATUS_ID" ] || { echo 'of which request? make status ID=…' >&2; exit 64; }
-	@$(REDIS) exec $(VENV)/bin/dagrelay status -- "$$STATUS_ID"
+	@$(NEED_REDIS) exec $(VENV)/bin/dagrelay status -- "$$STATUS_ID"
 
 watch: $(READY)  ## follow a request until it ends: ID=…
 	@[ -n "$$WATCH_ID" ] || { echo 'which request? make watch ID=…' >&2; exit 64; }
-	@$(REDIS) exec $(VENV)/bin/dagrelay watch -- "$$WATCH_ID"
+	@$(NEED_REDIS) exec $(VENV)/bin/dagrelay watch -- "$$WATCH_ID"
 
 parked: $(READY)  ## what waits in Redis, for what and until when ([ARGS='-n 500'])
-	@$(REDIS) exec $(VENV)/bin/dagrelay parked $(ARGS)
+	@$(NEED_REDIS) exec $(VENV)/bin/dagrelay parked $(ARGS)
 
 wake: $(READY)  ## have what waits go on at once: ID=…
 	@[ -n "$$WAKE_ID" ] || { echo 'which request? make wake ID=…' >&2; exit 64; }
-	@$(REDIS) exec $(VENV)/bin/dagrelay wake -- "$$WAKE_ID"
+	@$(NEED_REDIS) exec $(VENV)/bin/dagrelay wake -- "$$WAKE_ID"
 
 cancel: $(READY)  ## cancel a request that has not ended: ID=…
 	@[ -n "$$CANCEL_ID" ] || { echo 'which request? make cancel ID=…' >&2; exit 64; }
-	@$(REDIS) exec $(VENV)/bin/dagrelay cancel -- "$$CANCEL_ID"
+	@$(NEED_REDIS) exec $(VENV)/bin/dagrelay cancel -- "$$CANCEL_ID"
 
 dead: $(READY)  ## what failed for good, and why ([ARGS='--error DagNotFound'])
-	@$(REDIS) exec $(VENV)/bin/dagrelay dead list $(ARGS)
+	@$(NEED_REDIS) exec $(VENV)/bin/dagrelay dead list $(ARGS)
 
 airflows: $(READY)  ## how each Airflow fares: in flight, limit, in line, does it answer
-	@$(REDIS) exec $(VENV)/bin/dagrelay airflows
+	@$(NEED_REDIS) exec $(VENV)/bin/dagrelay airflows
 
 hold: $(READY)  ## send nothing to an Airflow until it is released: CONNECTION=… [REASON=…]
 	@[ -n "$$HOLD_CONNECTION" ] || { echo 'which Airflow? make hold CONNECTION=default' >&2; exit 64; }
-	@$(REDIS) exec $(VENV)/bin/dagrelay hold --reason "$${HOLD_REASON:-maintenance}" -- "$$HOLD_CONNECTION"
+	@$(NEED_REDIS) exec $(VENV)/bin/dagrelay hold --reason "$${HOLD_REASON:-maintenance}" -- "$$HOLD_CONNECTION"
 
 release: $(READY)  ## have requests for an Airflow go on: CONNECTION=…
 	@[ -n "$$HOLD_CONNECTION" ] || { echo 'which Airflow? make release CONNECTION=default' >&2; exit 64; }
-	@$(REDIS) exec $(VENV)/bin/dagrelay release -- "$$HOLD_CONNECTION"
+	@$(NEED_REDIS) exec $(VENV)/bin/dagrelay release -- "$$HOLD_CONNECTION"
 
 gateway: $(READY)  ## the HTTP door, here in the foreground (DAGRELAY_GATEWAY_KEYS_FILE [ARGS='--port 8080'])
-	@$(REDIS) exec $(VENV)/bin/dagrelay gateway $(ARGS)
+	@$(NEED_REDIS) exec $(VENV)/bin/dagrelay gateway $(ARGS)
 
 socket: $(READY)  ## the TCP door, here in the foreground (ARGS='--keys keys.toml' or ARGS=--insecure)
-	@$(REDIS) exec $(VENV)/bin/dagrelay socket $(ARGS)
+	@$(NEED_REDIS) exec $(VENV)/bin/dagrelay socket $(ARGS)
 
 doctor: $(READY)  ## the effective settings, with every dependency tried
 	@$(REDIS) exec $(VENV)/bin/dagrelay doctor
 
 health: $(READY)  ## is anything stuck, and what to do about it
-	@$(REDIS) exec $(VENV)/bin/dagrelay health --progress
+	@$(NEED_REDIS) exec $(VENV)/bin/dagrelay health --progress
 
 test: $(READY)  ## the tests, in 4 processes, JOBS=0 in this one ([JOBS=4] [ARGS='tests/unit -x'])
 	@exec $(PY) -m pytest -n $(JOBS) $(if $(ARGS),$(ARGS),$(wildcard tests/system tests/integration tests/unit))

@@ -614,6 +614,10 @@ def take_lock(file: IO[str], kind: int, progress: Progress) -> None:
         fcntl.flock(file, kind)
 
 
+HANDED_ON = ("AIRFLOW_CONN_", "DAGRELAY_")
+"""What DAGs that use our operators find Dagrelay by."""
+
+
 def main() -> None:
     """`python -m local.airflow --version 3`: one Airflow in the foreground, for development."""
     parser = argparse.ArgumentParser(description="A real Airflow on this machine, in the foreground.")
@@ -636,6 +640,7 @@ def main() -> None:
             port=options.port,
             components=components,
             provider=options.provider,
+            extra_env={name: os.environ[name] for name in os.environ if name.startswith(HANDED_ON)},
         )
         airflow.start(lambda line: print(line, flush=True))
         print(f"Airflow    {airflow.url}   {airflow.username} / {airflow.password}")

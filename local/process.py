@@ -66,6 +66,7 @@ class Process:
         self._asked_to_stop = False
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
+            self._log_began = output.tell()
             self._guard, said = self._launch(output, env, cwd, user)
         if not said.isdecimal():
             self._guard.wait()
@@ -141,7 +142,9 @@ class Process:
 
     def failure(self, what: str) -> PartFailed:
         """The error that says `what` went wrong and shows the end of the log."""
-        return PartFailed(f"{self.name}: {what}\n--- end of {self.log}\n{tail(self.log)}")
+        return PartFailed(
+            f"{self.name}: {what}\n--- end of {self.log}\n{tail(self.log, since=self._log_began)}"
+        )
 
     def wait_until(
         self, ready: Callable[[], bool], *, timeout_s: float, what: str, every_s: float = 0.05
@@ -178,10 +181,10 @@ def run_to_end(process: Process, *, timeout_s: float, what: str, progress: Progr
         raise process.failure(f"could not {what}: ended with {code}")
 
 
-def tail(path: Path, lines: int = 30) -> str:
-    """The last lines of a file; empty if there is none."""
+def tail(path: Path, lines: int = 30, *, since: int = 0) -> str:
+    """The last lines of a file, of what was written `since` a size in bytes; empty if there is none."""
     with contextlib.suppress(OSError), path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 32_768))
+        file.seek(max(since, path.stat().st_size - 32_768))
         return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
     return ""
 

@@ -194,7 +194,13 @@ def start_all(supervisor: Supervisor) -> None:
     quoted = shlex.quote(redis_url)
     secret_file(ENV, f'[ -n "$DAGRELAY_REDIS_URL" ] || export DAGRELAY_REDIS_URL={quoted}\n')
     user = environment.get("DAGRELAY_FLOWER_USER") or "dagrelay"
-    ready = {"redis": without_password(redis_url), "flower": flower_url, "user": user, "workers": workers}
+    ready = {
+        "redis": without_password(redis_url),
+        "flower": flower_url,
+        "user": user,
+        "generated": environment.get("DAGRELAY_FLOWER_PASSWORD_FILE") == str(FLOWER_PASSWORD),
+        "workers": workers,
+    }
     secret_file(READY, json.dumps(ready))
 
 
@@ -204,10 +210,14 @@ def show(ready: Mapping[str, Any]) -> None:
         print(f"it is still starting (see {os.path.relpath(LOG)})")
         return
     print(f"  Redis    {ready['redis']}")
-    print(f"  Flower   {ready['flower']}   user {ready['user']}")
+    where = f", password in {os.path.relpath(FLOWER_PASSWORD)}" if ready.get("generated") else ""
+    print(f"  Flower   {ready['flower']}   user {ready['user']}{where}")
     print(f"  workers  {ready['workers']}")
     print(f"  logs     {os.path.relpath(UP)}")
-    print("make trigger DAG=… sends to it; make down stops it.", flush=True)
+    print(
+        "make trigger DAG=… sends to it, make airflows says whether your Airflow answers; make down stops it."
+    )
+    sys.stdout.flush()
 
 
 def check_environment(environ: Mapping[str, str]) -> int:

@@ -36,6 +36,7 @@ import socket
 import ssl
 import stat
 import struct
+import textwrap
 import threading
 import time
 from collections import Counter
@@ -699,7 +700,7 @@ class _Connection(asyncio.Protocol):
         else:
             await asyncio.sleep(0)  # whoever sends only what is wrong keeps nobody else waiting
         if last is not None:
-            log.info("refused and ended peer=%s reason=%s", self.peer, last[:60])
+            log.info("refused and ended peer=%s reason=%s", self.peer, textwrap.shorten(last, 80))
         return answers, last
 
     def _authenticate(self, token: bytes) -> bool:

@@ -37,7 +37,8 @@ def main() -> int:
         how = "unsigned" if hook.scheme == "none" else f"signed ({hook.scheme}), secrets: {len(hook.keys)}"
         _say(f"hook {hook.id}", True, f"{hook.server}, {how}")
     if not ours.connections:
-        _say("airflow", False, "no connection to any Airflow: set AIRFLOW_CONN_DEFAULT")
+        words = "no connection to any Airflow in this environment: set AIRFLOW_CONN_DEFAULT"
+        _say("airflow", False, f"{words} as the workers have it (how theirs fare: dagrelay airflows)")
         return 1
     known = _lines(ours.redis_url)
     checks = [_check(connection, known) for connection in ours.connections.values()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 import sys
 from functools import partial
 from typing import Final
@@ -12,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.supervisors import Multiprocess
 
+from ..errors import ConfigurationError
 from .app import create_app, gateway_of_settings
 from .connection import Connection
 from .settings import GatewaySettings
@@ -28,6 +30,7 @@ than that to begin, and was begun anew for ever."""
 def serve(settings: GatewaySettings) -> int:
     """Serve until a signal comes; return the exit code. Raises ConfigurationError before it listens."""
     gateway_of_settings(settings)  # whatever is wrong is told here, once, and not by each process
+    _can_listen(settings.host, settings.port)
     config = uvicorn.Config(
         partial(_app, settings),
         factory=True,
@@ -58,6 +61,19 @@ def serve(settings: GatewaySettings) -> int:
     server = uvicorn.Server(config)
     server.run()
     return 0 if server.started else 1
+
+
+def _can_listen(host: str, port: int) -> None:
+    """Raise ConfigurationError where the address is not to be had: uvicorn ends without a word of advice."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as exc:
+            where = f"{host}, port {port} ({exc.strerror})"
+            raise ConfigurationError(
+                f"the gateway cannot listen on {where}: give another --port, or --host"
+            ) from None
 
 
 def _app(settings: GatewaySettings) -> FastAPI:

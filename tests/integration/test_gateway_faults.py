@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -225,6 +226,25 @@ def test_it_names_every_mistake_and_does_not_start(tmp_path, options, env, parts
     assert done.returncode == 78
     for part in parts:
         assert part in done.stderr
+
+
+def test_a_port_that_is_taken_is_named_with_what_to_do(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        environ = clean_env(DAGRELAY_REDIS_URL="redis://127.0.0.1:1/0")
+        done = subprocess.run(
+            [DAGRELAY, "gateway", "--insecure", "--port", port],
+            env=environ,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 78
+    assert f"port {port}" in done.stderr
+    assert "give another --port" in done.stderr
 
 
 def test_without_keys_it_is_for_this_machine_and_no_page_of_its_browser(tmp_path):

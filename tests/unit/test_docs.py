@@ -57,3 +57,14 @@ def test_files_that_the_documents_name_exist():
     for path in PAGES:
         for name in re.findall(ours, path.read_text()):
             assert (ROOT / name).exists(), f"{path.name} names {name}"
+
+
+def test_the_readme_asks_for_each_run_by_a_key_of_its_own_and_for_results_that_there_are():
+    """Whoever tries its examples one after the other has a conflict otherwise, or a refusal."""
+    readme = (ROOT / "README.md").read_text()
+    keys = re.findall(r"""key"?[=:] ?"([^"{]+)\"""", readme)
+    assert len(keys) >= 3
+    assert len(set(keys)) == len(keys)
+    dag = (ROOT / "examples" / "dags" / "daily_sales.py").read_text()
+    (result_from,) = re.findall(r'"daily_sales", .*result_from="([^"]+)"', readme)
+    assert f"def {result_from}(" in dag or f'task_id="{result_from}"' in dag

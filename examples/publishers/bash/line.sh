@@ -23,5 +23,6 @@ IFS= read -r -t 15 answer <&3 || again "no answer"
 case $answer in
   OK\ *) printf '%s\n' "${answer#OK }" ;;
   RETRY\ *) again "$answer" ;;
+  ERR\ not\ authenticated*) printf '%s\n' "$answer" >&2; exit 77 ;;
   *) printf '%s\n' "$answer" >&2; exit 65 ;;
 esac
