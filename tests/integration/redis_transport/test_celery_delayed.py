@@ -103,8 +103,7 @@ def publish_with_eta(world: World, mark: str, eta: str, task_id: str = "") -> No
 def test_a_retry_waits_in_redis_and_comes_back_on_time(shared: World):
     result = shared.send("again", "again", 2, 1.0)
     until(lambda: shared.notes("began", "again"))
-    until(lambda: shared.lot.get(result.id))
-    assert result.state == "RETRY"
+    until(lambda: shared.lot.get(result.id) and result.state == "RETRY")  # which is written after it
 
     assert ended(result) == "again"
 
