@@ -99,17 +99,21 @@ class Case:
         return set(self.states()) == {"done"} and not self.left()
 
     def twice_at_once(self) -> list[str]:
-        """Runs of a task that began before another one of the same process had ended."""
-        running: set[tuple[str, str]] = set()
+        """Attempts that began before the same one had ended in the same process.
+
+        The attempt after it may begin sooner: what waits may be woken as soon as it is parked, and its
+        function ends only then.
+        """
+        running: set[tuple[str, str, str]] = set()
         found = []
         for line in self.notes.read_text().splitlines():
-            what, name, _, pid = line.split()
+            what, name, retries, pid = line.split()
             if what == "end":
-                running.discard((name, pid))
-            elif (name, pid) in running:
+                running.discard((name, retries, pid))
+            elif (name, retries, pid) in running:
                 found.append(line)
             else:
-                running.add((name, pid))
+                running.add((name, retries, pid))
         return found
 
 
