@@ -513,12 +513,12 @@ def test_a_held_connection_is_asked_nothing(relay, airflow, worker):
     airflow.refuse_token = True
     probe = relay.enqueue(TriggerRequest("daily_sales"))
     until(lambda: probe.state == "waiting")
-    airflow.refuse_token = False
     fan = fan_out(many(3), relay=relay)
     until(lambda: relay.waits.get(chunk_id(fan.id, 0)))
 
-    assert not airflow.runs
+    assert not airflow.posts
     assert "held" in relay.waits.get(chunk_id(fan.id, 0)).waits_for
+    airflow.refuse_token = False  # not before: whoever probes would release it
     assert Lines(relay.redis).release("default") == "credentials"
     assert {one.state for one in fan.get(timeout=20)} == {"done"}
 
