@@ -153,6 +153,17 @@ def test_a_command_that_is_not_there_is_said_by_name(tmp_path):
         Process(["no-such-command"], log=tmp_path / "log")
 
 
+def test_a_failure_is_told_by_what_this_start_has_said_and_not_by_what_one_before_did(tmp_path):
+    log = tmp_path / "log"
+    for word in ("before", "now"):
+        process = Process([sys.executable, "-c", f"print({word!r}); raise SystemExit(3)"], log=log)
+        assert process.wait(30) == 3
+    told = str(process.failure("ended"))
+    assert "now" in told
+    assert "before" not in told
+    assert "before" in log.read_text()
+
+
 def test_parts_stop_in_reverse_order_and_a_death_is_told_with_its_log(tmp_path):
     said = []
     supervisor = Supervisor(said.append)
