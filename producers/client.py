@@ -310,6 +310,9 @@ def with_queue(signature: Any, app: Any = None) -> Any:
     if not isinstance(signature, dict):
         return signature
     app = getattr(signature, "_app", None) or app
+    options = signature.get("options") or {}
+    if app is None or options.keys() & {"queue", "exchange", "routing_key"}:
+        return signature  # of a canvas, this is for all that it has
     kwargs = dict(signature.get("kwargs") or {})
     for part in _PARTS.get(signature.get("task", ""), ()):
         inner: Any = kwargs.get(part)
@@ -317,9 +320,6 @@ def with_queue(signature: Any, app: Any = None) -> Any:
         kwargs[part] = [with_queue(one, app) for one in inner] if several else with_queue(inner, app)
     if signature.get("task") in _PARTS:
         return {**signature, "kwargs": kwargs}
-    options = signature.get("options") or {}
-    if app is None or options.keys() & {"queue", "exchange", "routing_key"}:
-        return signature
     queue: Any = None
     with suppress(KeyError):  # a queue that its app does not know, and may not make
         route = app.amqp.router.route({}, signature["task"], signature.get("args") or (), kwargs)

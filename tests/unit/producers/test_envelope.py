@@ -257,6 +257,11 @@ def test_a_callback_goes_to_the_queue_of_its_own_app(nobody):
     assert [one["options"]["queue"] for one in embed[4]["kwargs"]["tasks"]] == ["reports", "mine"]
     assert "queue" not in done.options  # the caller's own is as it was
 
+    several.set(queue="all")
+    (one,) = json.loads(json.loads(nobody.item(SALES, link=several).message)["body"])[2]["callbacks"]
+    assert one["options"]["queue"] == "all"
+    assert ["queue" in part["options"] for part in one["kwargs"]["tasks"]] == [False, False]
+
 
 def test_what_is_no_request_is_a_type_error(nobody):
     with pytest.raises(TypeError, match="TriggerRequest"):
