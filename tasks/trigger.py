@@ -355,8 +355,8 @@ def stop_run(
 ) -> None:
     """Set the run of a request that has ended to failed, unless it has ended itself.
 
-    Without `known_ours` only where its note names the request: it may be somebody else's. `until` is in
-    seconds since 1970.
+    Without `known_ours` only where its note names the request: it may be somebody else's. What another
+    request has cleared since is that one's. `until` is in seconds since 1970.
     """
     known = settings().connections.get(connection)
     if known is None:
@@ -365,6 +365,10 @@ def stop_run(
         with thread_turn(known) as airflow:
             view = airflow.get_dag_run(dag_id, dag_run_id)
             if view is None or view.state in ENDED or not (known_ours or names(view.note, task_id)):
+                return
+            mark = _CLEARED.search(view.note or "")
+            if mark is not None and mark.group(1) != task_id:
+                log.info("run left alone task_id=%s: %s has cleared it since", task_id, mark.group(1))
                 return
             airflow.fail_dag_run(dag_id, dag_run_id)
         log.info("run stopped task_id=%s dag_id=%s run_id=%s", task_id, dag_id, dag_run_id)

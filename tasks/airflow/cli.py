@@ -35,6 +35,7 @@ from tasks.airflow.answers import (
 from tasks.airflow.client import Check
 from tasks.airflow.command import MAX_ARGUMENT_BYTES, NotRun, Ran, TooLong
 from tasks.airflow.connections import AirflowConnection, ApiVersion
+from tasks.airflow.single_flight import SingleFlight
 
 log = logging.getLogger("dagrelay.airflow")
 
@@ -342,6 +343,7 @@ class CliClient:
         self.connection = connection
         self._run = run
         self._version = ""
+        self._versions: SingleFlight[str] = SingleFlight()
         self._long_until: dict[str, float] = {}
 
     def create_dag_run(self, request: TriggerRequest, run_id: str, note: str) -> RunView:
@@ -469,7 +471,10 @@ class CliClient:
 
     def version(self) -> str:
         """Return Airflow's version, such as "3.3.2"; asked for once."""
-        if not self._version:
+        return self._version or self._versions.do(self._found_version)
+
+    def _found_version(self) -> str:
+        if not self._version:  # else another thread found it as this one came
             self._version = self._ask(ask_version(), "other", read_version)
             log.info("airflow found connection=%s version=%s by its CLI", self.connection.id, self._version)
         return self._version

@@ -243,6 +243,24 @@ def test_a_stop_waits_for_an_airflow_that_is_away(relay, airflow, worker, waits,
     until(lambda: airflow.runs[RUN]["state"] == "failed")
 
 
+def test_a_stop_that_comes_late_leaves_a_run_alone_that_another_request_has_cleared(
+    relay, airflow, worker, waits, parked
+):
+    first = relay.enqueue(request(stop_run=True))
+    parked(first)
+    airflow.silent = True
+    waits.cancel(first.id, "test")
+    with pytest.raises(RequestCancelled):
+        first.get(timeout=10)
+    clears = "dagrelay clear=another was=2026-11-30T00:00:00+00:00"
+    airflow.runs[RUN] |= {"state": "running", "note": f"{clears}\n{airflow.runs[RUN]['note']}"}
+
+    airflow.silent = False
+
+    until(lambda: f"run left alone task_id={first.id}: another has cleared it since" in worker.text())
+    assert airflow.runs[RUN]["state"] == "running"
+
+
 def test_a_run_of_somebody_else_that_has_ended_ends_it_at_once(relay, airflow, worker):
     airflow.make(*RUN, state="success", note="made by hand")
     assert relay.enqueue(request()).get(timeout=10).created is False

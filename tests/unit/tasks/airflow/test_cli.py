@@ -2,7 +2,10 @@
 
 import inspect
 import json
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from threading import Barrier
+from time import sleep
 
 import pytest
 
@@ -265,6 +268,25 @@ def test_another_version_under_a_running_worker_is_asked_for_again():
             airflow.count_unfinished_runs("d")
         assert not caught.value.unsure
     assert run.asked.count("version") == 2
+
+
+def test_threads_that_need_the_version_at_once_ask_for_it_once():
+    asked, begun = [], Barrier(4)
+
+    def run(arguments, kind):
+        asked.append(arguments)
+        sleep(0.2)
+        return Ran(0, "3.3.2\n", "")
+
+    airflow = client(run)
+
+    def ask(_):
+        begun.wait(10)
+        return airflow.version()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, range(4))) == ["3.3.2"] * 4
+    assert asked == [["version"]]
 
 
 def test_it_can_be_asked_whatever_the_api_can():
