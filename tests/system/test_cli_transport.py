@@ -10,9 +10,7 @@ import pytest
 from tests.system.stack import AirflowUnderTest, Stack, until
 
 PATIENT_S = 400.0
-pytestmark = pytest.mark.timeout(
-    900
-)  # each call takes 2 s of CPU
+pytestmark = pytest.mark.timeout(900)  # each call takes 2 s of CPU
 CONF = {"n": 1.5, "many": [1, None, True, "1"], "text": "é [b] \u2028 'x' \"y\" $(z)"}
 
 
