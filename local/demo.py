@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import json
 import os
 import secrets
 import shutil
@@ -175,8 +176,11 @@ def run(folder: Path, supervisor: Supervisor, say: Clock, *, stay: bool) -> bool
         print(f"  expected  success, {EXPECTED}; {PUBLISHED!r}")
     print(f"  Flower    {flower_url}   {flower_user} / {flower_password}")
     print(f"  Airflow   {airflow.url}   {airflow.username} / {airflow.password}")
+    print(f"  Redis     {valkey.url}")
     if stay:
         print(f"  logs      {os.path.relpath(logs)}, {os.path.relpath(airflow.home / 'logs')}")
+        print("\nMore runs, from another terminal (they are in Flower and in Airflow at once):")
+        print(f"  DAGRELAY_REDIS_URL={valkey.url} make trigger DAG={DAG_ID} CONF='{json.dumps(CONF)}'")
         print("\nCtrl-C ends all of it.", flush=True)
         supervisor.watch()
     print(flush=True)

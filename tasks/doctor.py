@@ -25,7 +25,8 @@ def main() -> int:
         f"concurrency={ours.concurrency} visibility_timeout_s={ours.visibility_timeout_s:g} "
         f"result_ttl_s={ours.result_ttl_s} log_level={ours.log_level}",
     )
-    _say("confs", True, f"{ours.confs}, kept for {ours.conf_keep_s / 86_400:.1f} days after their last use")
+    kept = f"kept for {ours.conf_keep_s / 86_400:.1f} days after their last use"
+    _say("worker confs", True, f"{ours.confs}, {kept}")
     for service in ours.services.values():
         if service.queue is not None:
             _say(f"service {service.id}", True, f"a queue: messages go to {service.queue.name}")
