@@ -96,18 +96,18 @@ def relay(scene: Scene) -> Iterator[RelayClient]:
 def test_a_producer_and_a_worker_do_all_that_they_have_to(scene, relay):
     airflow = scene.airflow
     airflow.missing = {"nowhere"}
-    assert relay.enqueue(TriggerRequest("sales", key="k1")).get(timeout=30).created
-    assert all(one.get(timeout=30) for one in relay.enqueue_many([TriggerRequest("sales") for _ in range(3)]))
+    assert relay.enqueue(TriggerRequest("sales", key="k1")).get(timeout=60).created
+    assert all(one.get(timeout=60) for one in relay.enqueue_many([TriggerRequest("sales") for _ in range(3)]))
     with pytest.raises(DagNotFound):
-        relay.enqueue(TriggerRequest("nowhere")).get(timeout=30)
+        relay.enqueue(TriggerRequest("nowhere")).get(timeout=60)
     later = relay.enqueue(TriggerRequest("sales"), countdown=0.5, link=None, expires=60)
-    assert later.get(timeout=30).created
+    assert later.get(timeout=60).created
     assert later.state == "done"
 
     waits = relay.enqueue(TriggerRequest("sales", key="w", wait=True))
     until(lambda: ("sales", "relay__w") in airflow.runs)
     airflow.runs["sales", "relay__w"]["state"] = "success"
-    assert waits.get(timeout=30).state == "success"
+    assert waits.get(timeout=60).state == "success"
 
     fan = fan_out([{"dag_id": "sales", "key": f"f{n}"} for n in range(300)], relay=relay)
     assert {one.state for one in fan.get(timeout=60)} == {"done"}
@@ -118,10 +118,10 @@ def test_a_producer_and_a_worker_do_all_that_they_have_to(scene, relay):
 
 def test_a_producer_stores_confs_and_reads_those_whose_reference_it_has(scene, relay):
     large = {"noise": os.urandom(2 * PIECE_BYTES).hex()}
-    run = relay.enqueue(TriggerRequest("sales", large)).get(timeout=30)
+    run = relay.enqueue(TriggerRequest("sales", large)).get(timeout=60)
     there = scene.airflow.runs["sales", run.dag_run_id]["conf"]
     assert relay.resolve_conf(there) == large
-    relay.enqueue(TriggerRequest("sales", there)).get(timeout=30)
+    relay.enqueue(TriggerRequest("sales", there)).get(timeout=60)
     conf = {"a": "x" * 50_000}
     fan = fan_out([{"dag_id": "sales", "conf": conf}, {"dag_id": "sales", "conf": there}], relay=relay)
     assert {one.state for one in fan.get(timeout=60)} == {"done"}
@@ -193,7 +193,7 @@ def test_a_gateway_takes_what_it_has_to(scene, relay, tmp_path):
         path = "/v1/callbacks/" + str(service.posts[0][1]["callback"]).partition("/v1/callbacks/")[2]
         for said in ({"state": "running", "progress": 5}, {"state": "done"}):
             assert gateway.ask("POST", path, said, token=None).status == 202
-        assert relay.handle(job.body["id"]).get(timeout=30).state == "done"
+        assert relay.handle(job.body["id"]).get(timeout=60).state == "done"
         for one in (fan, run, again):
             until(lambda one=one: gateway.ask("GET", f"/v1/tasks/{one.body['id']}").body["state"] == "done")
         assert gateway.ask("DELETE", f"/v1/tasks/{run.body['id']}").status == 409  # it has ended
@@ -207,7 +207,7 @@ def test_a_producer_cancels_what_waits_wherever_it_does(scene, relay):
     until(lambda: running.record().waits_for)
     many = fan_out([{"dag_id": "sales", "wait": True} for _ in range(3)], relay=relay)
     until(lambda: all(one.record().waits_for for one in many.handles))
-    relay.enqueue(TriggerRequest("sales")).get(timeout=30)  # the connection is known
+    relay.enqueue(TriggerRequest("sales")).get(timeout=60)  # the connection is known
     lines = Lines(Redis.from_url(scene.url("operator")))
     lines.hold("default", "maintenance", "tests@here")
     in_line = relay.enqueue(TriggerRequest("sales"))
@@ -236,7 +236,7 @@ def test_an_operator_has_all_of_the_command(scene, relay):
     until(lambda: ("nowhere", "relay__dead") in scene.airflow.runs)
     assert waiting.id in scene.dagrelay("parked").stdout
     assert scene.dagrelay("wake", waiting.id).returncode == 0
-    assert waiting.get(timeout=30).created
+    assert waiting.get(timeout=60).created
     sent = scene.dagrelay("trigger", "sales", "--until-created")
     assert sent.returncode == 0, sent.stderr
     for command in (["status", failed.id], ["health", "--progress"]):
@@ -275,7 +275,7 @@ def test_flower_sees_tasks_and_revokes_them(scene, relay, tmp_path):
 
         def seen() -> bool:
             one = relay.enqueue(TriggerRequest("sales"))
-            one.get(timeout=30)
+            one.get(timeout=60)
             sent.append(one.id)
             shown = page("/api/tasks")  # events come when they come: that of an earlier one will do
             return any(task_id in shown for task_id in sent)

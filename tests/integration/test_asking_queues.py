@@ -149,7 +149,7 @@ def test_a_message_goes_out_and_its_answer_is_the_outcome(scene, start):
     ]
     handle = start()
 
-    assert handle.get(timeout=20) == JobOutcome("render", None, "done", 42)
+    assert handle.get(timeout=60) == JobOutcome("render", None, "done", 42)
     (asked,) = scene.renderer.asked
     reference = reference_for(handle.id)
     assert json.loads(asked["data"]) == {"film": 7, "id": reference}
@@ -171,14 +171,14 @@ def test_an_answer_that_is_no_end_is_progress_and_one_that_says_nothing_is_noted
     scene.renderer.say(asked, {"state": "failed"})
 
     with pytest.raises(ExternalJobFailed):
-        handle.get(timeout=10)
+        handle.get(timeout=60)
 
 
 def test_an_answer_that_comes_before_the_task_waits_is_read(scene, start):
     """The service answers at once: many of these are there before the worker has parked."""
     handles = [start() for _ in range(30)]
 
-    assert [handle.get(timeout=30).result for handle in handles] == [1] * 30
+    assert [handle.get(timeout=60).result for handle in handles] == [1] * 30
     assert len({asked["correlation_id"] for asked in scene.renderer.asked}) == 30
 
 
@@ -188,9 +188,9 @@ def test_one_that_is_not_answered_is_overdue_or_silent_and_the_service_is_told(s
     silent = start(heartbeat_s=1)
 
     with pytest.raises(ExternalJobOverdue):
-        late.get(timeout=20)
+        late.get(timeout=60)
     with pytest.raises(ExternalJobSilent):
-        silent.get(timeout=20)
+        silent.get(timeout=60)
     told = {"cancel": reference_for(late.id)}
     until(lambda: told in [json.loads(one["data"]) for one in scene.renderer.asked])
     cancel = next(one for one in scene.renderer.asked if json.loads(one["data"]) == told)
@@ -205,7 +205,7 @@ def test_a_cancelled_one_is_told_to_the_service(scene, start):
     handle.cancel()
 
     with pytest.raises(RequestCancelled):
-        handle.get(timeout=10)
+        handle.get(timeout=60)
     until(
         lambda: {"cancel": reference_for(handle.id)} in [json.loads(x["data"]) for x in scene.renderer.asked]
     )
@@ -215,7 +215,7 @@ def test_where_the_broker_is_away_it_is_tried_again_until_the_time_is_over(scene
     handle = start(service="away", timeout_s=2)
 
     with pytest.raises(SubmitUnknown):
-        handle.get(timeout=20)
+        handle.get(timeout=60)
     assert handle.record().attempts > 1
 
 
@@ -225,18 +225,18 @@ def test_with_submit_once_there_is_one_attempt_and_only_an_answer_ends_it_well(s
     until(lambda: parked(answered))
 
     with pytest.raises(SubmitUnknown, match="not heard of"):
-        unknown.get(timeout=20)
+        unknown.get(timeout=60)
     relay.wake(answer_key("away", reference_for(answered.id)), heard({"state": "done", "out": 3}))
-    assert answered.get(timeout=10).result == 3
+    assert answered.get(timeout=60).result == 3
 
 
 def test_a_place_that_is_none_and_a_service_that_is_none_are_refused(scene, start):
     with pytest.raises(Exception, match="refused to start the job: it is no place"):
-        start(service="ours").get(timeout=20)
+        start(service="ours").get(timeout=60)
     with pytest.raises(ServiceNotConfigured, match="not configured"):
-        start(service="nobody").get(timeout=20)
+        start(service="nobody").get(timeout=60)
     with pytest.raises(ServiceNotConfigured, match="give via='queue'"):
-        start(via="http", message=None, path="/x").get(timeout=20)
+        start(via="http", message=None, path="/x").get(timeout=60)
 
 
 def test_a_worker_that_is_killed_after_it_published_publishes_the_same_again(scene, tmp_path: Path):
@@ -262,7 +262,7 @@ def test_a_worker_that_is_killed_after_it_published_publishes_the_same_again(sce
             assert ids == {(reference_for(handle.id), reference_for(handle.id))}
             until(lambda: parked(handle))
             relay.wake(answer_key("render", reference_for(handle.id)), {"state": "done", "out": 2})
-            assert handle.get(timeout=20).result == 2
+            assert handle.get(timeout=60).result == 2
         relay.redis.close()
 
 

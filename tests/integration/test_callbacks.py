@@ -134,7 +134,7 @@ def test_progress_is_noted_without_a_worker_and_the_end_ends_it(scene, start):
     answer = scene.call({"state": "succeeded", "out": {"rows": 3}})
 
     assert (answer.status, answer.body) == (202, {"taken": "end"})
-    assert handle.get(timeout=10) == JobOutcome("train", "job-1", "succeeded", {"rows": 3})
+    assert handle.get(timeout=60) == JobOutcome("train", "job-1", "succeeded", {"rows": 3})
     assert not scene.service.looks
 
 
@@ -148,7 +148,7 @@ def test_a_second_end_changes_nothing(scene, start):
     assert (second.status, second.body["title"]) == (409, "Conflict")
     assert second.headers["content-type"] == "application/problem+json"
     assert "ended already" in second.body["detail"]
-    assert handle.get(timeout=10).result == 1
+    assert handle.get(timeout=60).result == 1
     assert scene.call({"state": "failed"}).status == 409
     assert scene.call({"state": "running"}).status == 409
     assert handle.get().result == 1
@@ -170,7 +170,7 @@ def test_of_many_ends_at_once_one_counts(scene, start, tmp_path):
 
     first = [number for number, answer in enumerate(answers) if answer.status == 202]
     assert sorted(answer.status for answer in answers) == [202] + [409] * 23
-    assert handle.get(timeout=10).result == first[0]
+    assert handle.get(timeout=60).result == first[0]
 
 
 def test_an_end_that_comes_before_the_task_waits_is_read(scene, start):
@@ -181,7 +181,7 @@ def test_an_end_that_comes_before_the_task_waits_is_read(scene, start):
 
     assert scene.call({"state": "done", "out": 7}).status == 202
 
-    assert handle.get(timeout=10) == JobOutcome("train", "job-1", "done", 7)
+    assert handle.get(timeout=60) == JobOutcome("train", "job-1", "done", 7)
 
 
 def test_a_failure_is_told_in_the_services_words_and_no_secret(scene, start):
@@ -192,7 +192,7 @@ def test_a_failure_is_told_in_the_services_words_and_no_secret(scene, start):
     scene.call({"state": "failed", "why": told})
 
     with pytest.raises(ExternalJobFailed, match="no rails at") as failed:
-        handle.get(timeout=10)
+        handle.get(timeout=60)
     assert scene.path().removeprefix(PATH) not in str(failed.value)
     assert scene.service.token not in str(failed.value)
 
@@ -204,7 +204,7 @@ def test_a_word_that_says_nothing_has_the_job_looked_at_where_it_can_be(scene, s
 
     assert scene.call({"event": "job.updated"}).body == {"taken": "look"}
 
-    assert handle.get(timeout=10).result == 5
+    assert handle.get(timeout=60).result == 5
     assert scene.service.looks["job-1"] == 1
 
 
@@ -219,7 +219,7 @@ def test_and_where_it_cannot_the_answer_says_what_was_looked_for(scene, start):
     assert "state is missing" in scene.call({"event": 1}).body["detail"]
     assert parked(handle)
     assert scene.call({"state": "done"}).status == 202
-    handle.get(timeout=10)
+    handle.get(timeout=60)
 
 
 def test_a_result_that_is_too_large_is_refused(scene, start):
@@ -229,7 +229,7 @@ def test_a_result_that_is_too_large_is_refused(scene, start):
     assert scene.call({"state": "done", "out": "x" * 1_100_000}).status == 422
 
     assert scene.call({"state": "done", "out": "x"}).status == 202
-    assert handle.get(timeout=10).result == "x"
+    assert handle.get(timeout=60).result == "x"
 
 
 def test_who_asked_hears_of_progress(scene, relay, redis):
@@ -244,7 +244,7 @@ def test_who_asked_hears_of_progress(scene, relay, redis):
     scene.call({"state": "running"})  # nothing new
     scene.call({"state": "done"})
 
-    handle.get(timeout=10)
+    handle.get(timeout=60)
     told = [fields for _, fields in redis.xrange(replies_key("test"))][before:]
     assert [one["what"] for one in told] == ["progress", "ended"]
     assert {(one["id"], one["to"], one["correlation_id"]) for one in told} == {
@@ -297,7 +297,7 @@ def test_no_token_lies_in_redis_or_in_a_log(scene, start, redis):
         dump = getattr(redis, {"hash": "hgetall", "string": "get"}.get(redis.type(key), "type"))(key)
         kept.append(f"{key} {dump}")
     scene.call({"state": "done"})
-    handle.get(timeout=10)
+    handle.get(timeout=60)
 
     assert any(handle.id in one for one in kept)
     assert not [one for one in kept if signature in one]
@@ -318,7 +318,7 @@ def test_what_an_outsider_says_is_never_taken_for_what_a_look_saw(scene, start, 
     until(lambda: handle.record().reason is not None and parked(handle))
 
     assert relay.wake("train/x", {"status": "done", "out": 3}) == 1
-    assert handle.get(timeout=10) == JobOutcome("train", "job-1", "done", 3)
+    assert handle.get(timeout=60) == JobOutcome("train", "job-1", "done", 3)
 
 
 def test_a_worker_without_an_address_of_its_own_says_so(scene, tmp_path):
@@ -327,7 +327,7 @@ def test_a_worker_without_an_address_of_its_own_says_so(scene, tmp_path):
         handle = relay.enqueue(PollRequest(service="train", submit=SUBMIT))
 
         with pytest.raises(ServiceNotConfigured, match="DAGRELAY_CALLBACK_URL and DAGRELAY_CALLBACK_SECRET"):
-            handle.get(timeout=20)
+            handle.get(timeout=60)
         relay.redis.close()
     assert not scene.service.posts
 
@@ -344,7 +344,7 @@ def test_a_job_that_is_silent_ends_where_nobody_can_be_asked(scene, start):
     assert parked(handle)  # twice as long as it may be silent
 
     with pytest.raises(ExternalJobSilent, match="nothing was heard of job 'job-1'") as silent:
-        handle.get(timeout=10)
+        handle.get(timeout=60)
     assert isinstance(silent.value, ExternalJobOverdue)
     until(lambda: scene.service.cancels == ["job-1"])
     assert scene.call({"state": "done"}).status == 409
@@ -359,9 +359,9 @@ def test_a_job_that_is_silent_is_looked_at_where_it_can_be(scene, start):
     assert not scene.service.looks  # it was heard of
 
     # A look that found it counts: the next comes when it has been silent for as long again.
-    until(lambda: scene.service.looks["job-1"] >= 2, timeout_s=10)
+    until(lambda: scene.service.looks["job-1"] >= 2, timeout_s=60)
     scene.service.end("job-1", out=4)
-    assert handle.get(timeout=10).result == 4
+    assert handle.get(timeout=60).result == 4
 
 
 # What goes wrong on the way
@@ -377,7 +377,7 @@ def test_a_submission_whose_answer_is_lost_is_not_repeated_once_the_end_was_told
     assert handle.record().unsure
     assert scene.call({"state": "done", "out": 2}).status == 202
 
-    assert handle.get(timeout=10) == JobOutcome("train", None, "done", 2)
+    assert handle.get(timeout=60) == JobOutcome("train", None, "done", 2)
     assert len(scene.service.posts) == 1
 
 
@@ -386,7 +386,7 @@ def test_and_where_nobody_calls_it_is_an_unknown_one(scene, start):
     handle = start(submit_once=True, heartbeat_s=1)
 
     with pytest.raises(SubmitUnknown, match="it was not heard of since"):
-        handle.get(timeout=10)
+        handle.get(timeout=60)
     assert len(scene.service.posts) == 1
 
 
@@ -397,7 +397,7 @@ def test_an_answer_without_an_id_is_enough_where_none_is_needed(scene, start):
 
     scene.call({"state": "done", "out": 1})
 
-    assert handle.get(timeout=10) == JobOutcome("train", None, "done", 1)
+    assert handle.get(timeout=60) == JobOutcome("train", None, "done", 1)
     assert len(scene.service.posts) == 1
 
 
@@ -420,7 +420,7 @@ def test_a_worker_that_is_killed_between_the_submission_and_the_wait_leaves_one_
             gateway.start()
             assert gateway.ask("POST", path, {"state": "done", "out": 8}, token=None).status == 409
             with Worker(valkey.url, tmp_path, name="next", **env):
-                assert handle.get(timeout=30) == JobOutcome("train", None, "done", 9)
+                assert handle.get(timeout=60) == JobOutcome("train", None, "done", 9)
         relay.redis.close()
     assert len(scene.service.posts) == 1
 
@@ -434,7 +434,7 @@ def test_a_callback_that_redis_did_not_take_may_come_again(scene, tmp_path):
             Worker(valkey.url, tmp_path, **env),
         ):
             handle = relay.enqueue(PollRequest(service="train", submit=SUBMIT, result="out", timeout_s=90))
-            until(lambda: parked(handle), timeout_s=20)
+            until(lambda: parked(handle), timeout_s=60)
             path = scene.path()
             valkey.stop()
 
@@ -447,9 +447,9 @@ def test_a_callback_that_redis_did_not_take_may_come_again(scene, tmp_path):
             def taken() -> bool:
                 return gateway.ask("POST", path, {"state": "done", "out": 6}, token=None).status == 202
 
-            until(taken, timeout_s=10)
-            until(handle.ready, timeout_s=30)
-            assert handle.get(timeout=10).result == 6
+            until(taken, timeout_s=60)
+            until(handle.ready, timeout_s=60)
+            assert handle.get(timeout=60).result == 6
         relay.redis.close()
 
 
@@ -470,5 +470,5 @@ def test_many_jobs_call_back_while_they_are_still_being_started(scene, start):
     thread.join(60)
 
     assert len(ended) == 40
-    told = {json.dumps(handle.get(timeout=20).result) for handle in handles}
+    told = {json.dumps(handle.get(timeout=60).result) for handle in handles}
     assert len(told) == 40

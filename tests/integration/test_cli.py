@@ -325,7 +325,7 @@ def test_status_tells_the_history_of_a_trigger_with_its_failed_attempts(dagrelay
     for attempt in range(1, 5):
         until(lambda attempt=attempt: handle.record().attempts >= attempt)
         until(lambda: handle.ready() or relay.waits.wake([handle.id]))
-    handle.get(timeout=20)
+    handle.get(timeout=60)
 
     words = history(dagrelay("status", handle.id))
     assert words[0] == "accepted, asked by tests@here"
@@ -498,7 +498,7 @@ def test_a_wrong_wake_is_told(dagrelay, args, code, words):
 def test_cancel_ends_what_waits_and_tells_how_each_stands(dagrelay, relay, begin, airflow):
     waits = begin("job 17", look="service:train")
     ended = relay.enqueue(TriggerRequest("daily_sales", key="c"))
-    ended.get(timeout=20)
+    ended.get(timeout=60)
 
     told = dagrelay("cancel", waits, ended.id, "nobodys-id")
 
@@ -538,7 +538,7 @@ def test_cancel_without_a_worker_is_kept_for_the_one_that_comes(dagrelay, relay,
     start_worker()
 
     with pytest.raises(RequestCancelled):
-        handle.get(timeout=10)
+        handle.get(timeout=60)
     assert not airflow.runs
     assert handle.state == "cancelled"
 

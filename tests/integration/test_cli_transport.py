@@ -169,8 +169,8 @@ def test_a_run_whose_answer_was_lost_is_made_once_and_counts_as_ours(relay, cli,
     cli.fault(fault)
     start_worker(connections={"default": cli.conn(cli_timeout_s=2, timed_out_slot_s=0)})
     handle = relay.enqueue(TriggerRequest("daily_sales", {"n": 1}, key="k"))
-    until(lambda: cli.runs, timeout_s=30)
-    until(lambda: relay.records.get(handle.id).unsure, timeout_s=30)
+    until(lambda: cli.runs, timeout_s=60)
+    until(lambda: relay.records.get(handle.id).unsure, timeout_s=60)
     cli.mend()
     found = handle.get(timeout=90)
 
@@ -291,7 +291,7 @@ def test_a_worker_killed_in_the_middle_of_a_call_leaves_one_run_and_no_process(r
     cli.fault("after-hang")
     worker = start_worker(connections={"default": cli.conn(cli_timeout_s=3, timed_out_slot_s=0)})
     handle = relay.enqueue(TriggerRequest("daily_sales", {"n": 1}, key="k"))
-    until(lambda: cli.runs, timeout_s=30)
+    until(lambda: cli.runs, timeout_s=60)
     os.kill(worker.pid, signal.SIGKILL)
     cli.mend()
     start_worker(name="w2", connections={"default": cli.conn()})
@@ -299,7 +299,7 @@ def test_a_worker_killed_in_the_middle_of_a_call_leaves_one_run_and_no_process(r
     assert handle.get(timeout=90).created
     assert len(cli.runs) == 1
     hung = next(one["pid"] for one in cli.calls if one["argv"][:2] == ["dags", "trigger"])
-    until(lambda: gone(hung), timeout_s=30)
+    until(lambda: gone(hung), timeout_s=60)
 
 
 def test_a_fan_out_goes_by_the_cli_as_well_while_the_api_is_away(relay, airflow, cli, start_worker):

@@ -284,7 +284,7 @@ def test_a_job_ends_as_the_service_says(dagrelay, relay, start_worker):
         done = relay.enqueue(PollRequest(**request))
         until(lambda: service.jobs)
         service.end(next(iter(service.jobs)))
-        done.get(timeout=20)
+        done.get(timeout=60)
         known = next(iter(service.jobs))
         told = dagrelay(
             "job", "--wait", "--service", "train", "--path", f"/jobs/{known}", "--interval", "0.2"

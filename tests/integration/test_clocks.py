@@ -18,6 +18,6 @@ def test_a_retry_comes_when_it_is_due_and_no_hour_later_or_at_once(relay, airflo
 
     handle = relay.enqueue(TriggerRequest("daily_sales"))
 
-    assert handle.get(timeout=30).created
+    assert handle.get(timeout=60).created
     first, second = airflow.post_times
     assert second - first >= 0.9

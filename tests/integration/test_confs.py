@@ -121,7 +121,7 @@ def test_a_conf_of_10_mb_arrives_whole_and_its_run_is_small(key, worker, valkey,
     there = airflow.runs["d", run.dag_run_id]["conf"]
     assert there["bytes"] == size
     assert len(json.dumps(there)) < 200
-    child = relay.enqueue(TriggerRequest("child", there)).get(timeout=30)
+    child = relay.enqueue(TriggerRequest("child", there)).get(timeout=60)
     assert airflow.runs["child", child.dag_run_id]["conf"] == there
     assert relay.resolve_conf(there) == conf
     until(lambda: not held(relay))
@@ -131,32 +131,32 @@ def test_a_conf_of_10_mb_arrives_whole_and_its_run_is_small(key, worker, valkey,
 def test_small_and_large_the_same_key_is_the_same_run(plain, airflow):
     """By value before the limit was lowered, by reference afterwards: it is the same conf all the same."""
     conf = {"b": "x" * 50_000, "a": [1, 2.5, None]}
-    first = plain.enqueue(TriggerRequest("d", conf, key="k", conf_by="value")).get(timeout=30)
+    first = plain.enqueue(TriggerRequest("d", conf, key="k", conf_by="value")).get(timeout=60)
     second = plain.enqueue(TriggerRequest("d", {"a": [1, 2.5, None], "b": "x" * 50_000}, key="k"))
-    assert not second.get(timeout=30).created
+    assert not second.get(timeout=60).created
     assert airflow.runs["d", first.dag_run_id]["conf"] == conf
 
-    plain.enqueue(TriggerRequest("d", conf, key="l")).get(timeout=30)
-    assert not plain.enqueue(TriggerRequest("d", conf, key="l", conf_by="value")).get(timeout=30).created
+    plain.enqueue(TriggerRequest("d", conf, key="l")).get(timeout=60)
+    assert not plain.enqueue(TriggerRequest("d", conf, key="l", conf_by="value")).get(timeout=60).created
     with pytest.raises(RunConflict, match="values differ under: b"):
-        plain.enqueue(TriggerRequest("d", {**conf, "b": "y" * 50_000}, key="l")).get(timeout=30)
+        plain.enqueue(TriggerRequest("d", {**conf, "b": "y" * 50_000}, key="l")).get(timeout=60)
     with pytest.raises(RunConflict, match="keys differ in: b"):
-        plain.enqueue(TriggerRequest("d", {"a": 1}, key="l")).get(timeout=30)
+        plain.enqueue(TriggerRequest("d", {"a": 1}, key="l")).get(timeout=60)
 
 
 def test_the_same_conf_by_another_key_is_the_same_run_while_it_can_be_read(plain, valkey, airflow):
     conf = {"a": "x" * 50_000}
     before = client(valkey, OLD)
-    run = before.enqueue(TriggerRequest("d", conf, key="r")).get(timeout=30)
+    run = before.enqueue(TriggerRequest("d", conf, key="r")).get(timeout=60)
     after = client(valkey, f"{NEW},{OLD}")
-    assert not after.enqueue(TriggerRequest("d", conf, key="r")).get(timeout=30).created
-    assert not plain.enqueue(TriggerRequest("d", conf, key="r")).get(timeout=30).created
+    assert not after.enqueue(TriggerRequest("d", conf, key="r")).get(timeout=60).created
+    assert not plain.enqueue(TriggerRequest("d", conf, key="r")).get(timeout=60).created
 
     there = airflow.runs["d", run.dag_run_id]["conf"]
     plain.redis.delete(f"dagrelay:conf:{there['dagrelay_conf']}")  # it has expired: by its reference alone
-    assert not after.enqueue(TriggerRequest("d", conf, key="r")).get(timeout=30).created
+    assert not after.enqueue(TriggerRequest("d", conf, key="r")).get(timeout=60).created
     with pytest.raises(RunConflict, match="cannot be compared"):
-        after.enqueue(TriggerRequest("d", {"a": "y"}, key="r")).get(timeout=30)
+        after.enqueue(TriggerRequest("d", {"a": "y"}, key="r")).get(timeout=60)
     for relay in (before, after):
         relay.redis.close()
 
@@ -167,7 +167,7 @@ def test_a_reference_that_cannot_be_compared_here_waits_for_a_worker_with_its_ke
     conf = {"a": "x" * 50_000}
     relay, before = client(valkey, NEW), client(valkey, OLD)
     without = start_worker(name="without", DAGRELAY_CONF_KEY=OLD, **QUICK)
-    assert before.enqueue(TriggerRequest("d", conf, key="k")).get(timeout=30).created
+    assert before.enqueue(TriggerRequest("d", conf, key="k")).get(timeout=60).created
     again = relay.enqueue(TriggerRequest("d", conf, key="k"))
     until(lambda: again.state in ("waiting", "failed"))
     assert "DAGRELAY_CONF_KEY" in again.record().reason
@@ -176,7 +176,7 @@ def test_a_reference_that_cannot_be_compared_here_waits_for_a_worker_with_its_ke
 
     start_worker(name="with-it", DAGRELAY_CONF_KEY=f"{NEW},{OLD}", **QUICK)
     relay.waits.wake([again.id])
-    assert not again.get(timeout=30).created
+    assert not again.get(timeout=60).created
     for one in (relay, before):
         one.redis.close()
 
@@ -193,10 +193,10 @@ def test_a_message_past_our_door_is_held_or_ends_clearly(plain, valkey, airflow)
     until(lambda: ("e", "relay__foreign") in airflow.runs)
     assert airflow.runs["e", "relay__foreign"]["conf"] == reference
     with pytest.raises(ConfGone):
-        plain.handle("gone").get(timeout=30)
+        plain.handle("gone").get(timeout=60)
     assert ("e", "relay__gone") not in airflow.runs
     airflow.runs["d", "relay__w"]["state"] = "success"
-    assert first.get(timeout=30).state == "success"
+    assert first.get(timeout=60).state == "success"
     until(lambda: not held(plain))
     assert plain.resolve_conf(reference) == conf
 
@@ -253,12 +253,12 @@ def test_a_small_conf_reaches_airflow_in_plain_and_lies_in_redis_sealed(sealing,
     airflow.missing = {"nowhere"}
     failed = sealing.enqueue(TriggerRequest("nowhere", conf))
     with pytest.raises(DagNotFound):
-        failed.get(timeout=30)
+        failed.get(timeout=60)
     later = sealing.enqueue(TriggerRequest("d", conf), countdown=600)
     until(lambda: later.state == "waiting" or sealing.redis.hexists("dagrelay:parked", later.id))
     waits = sealing.enqueue(TriggerRequest("d", conf, key="s", wait=True))
     until(lambda: ("d", "relay__s") in airflow.runs)
-    sealing.enqueue(TriggerRequest("d", {"a": CANARY * 5000})).get(timeout=30)
+    sealing.enqueue(TriggerRequest("d", {"a": CANARY * 5000})).get(timeout=60)
     fan = fan_out([TriggerRequest("d", conf), TriggerRequest("nowhere", conf)], relay=sealing)
     assert [one.state for one in fan.get(timeout=60)] == ["done", "failed"]
     assert airflow.runs["d", "relay__s"]["conf"] == conf
@@ -272,10 +272,10 @@ def test_a_small_conf_reaches_airflow_in_plain_and_lies_in_redis_sealed(sealing,
     kept = sealing.dead.get(letter.id)
     assert is_sealed(kept.request["kwargs"]["conf"])
     airflow.missing = set()
-    run = sealing.dead.replay(letter.id).get(timeout=30)
+    run = sealing.dead.replay(letter.id).get(timeout=60)
     assert airflow.runs["nowhere", run.dag_run_id]["conf"] == conf
     airflow.runs["d", "relay__s"]["state"] = "success"
-    waits.get(timeout=30)
+    waits.get(timeout=60)
     later.cancel()
 
 
@@ -283,15 +283,15 @@ def test_a_producer_without_the_key_replays_what_is_sealed(sealing, plain, airfl
     airflow.missing = {"nowhere"}
     failed = sealing.enqueue(TriggerRequest("nowhere", {"pin": CANARY}))
     with pytest.raises(DagNotFound):
-        failed.get(timeout=30)
+        failed.get(timeout=60)
     airflow.missing = set()
-    run = plain.dead.replay(failed.id).get(timeout=30)
+    run = plain.dead.replay(failed.id).get(timeout=60)
     assert airflow.runs["nowhere", run.dag_run_id]["conf"] == {"pin": CANARY}
 
 
 def test_a_conf_sealed_by_the_key_before_the_last_rotation_is_opened(worker, valkey, airflow):
     relay = client(valkey, OLD)
-    run = relay.enqueue(TriggerRequest("d", {"pin": CANARY})).get(timeout=30)
+    run = relay.enqueue(TriggerRequest("d", {"pin": CANARY})).get(timeout=60)
     assert airflow.runs["d", run.dag_run_id]["conf"] == {"pin": CANARY}
     relay.redis.close()
 
@@ -315,7 +315,7 @@ def test_the_trigger_that_follows_a_job_gets_its_conf_and_nothing_of_it_lies_in_
     until(lambda: handle.record().waits_for)
     assert CANARY.encode() not in everything(valkey.url)
     service.end("job-1")
-    run = sealing.handle(handle.get(timeout=30).then).get(timeout=30)
+    run = sealing.handle(handle.get(timeout=60).then).get(timeout=60)
     there = airflow.runs["report", run.dag_run_id]["conf"]
     assert (reference_in(there) is not None) == (size > 32_768)
     found = sealing.resolve_conf(there)
@@ -329,7 +329,7 @@ def test_the_conf_of_a_trigger_that_follows_a_job_past_our_door_is_held_until_it
 ):
     service.forget()
     conf = {"a": "x" * 60_000}
-    sealing.enqueue(TriggerRequest("d", conf, key="past")).get(timeout=30)
+    sealing.enqueue(TriggerRequest("d", conf, key="past")).get(timeout=60)
     reference = airflow.runs["d", "relay__past"]["conf"]
     stock = Celery("else", broker=valkey.url, set_as_current=False)
     job = {"service": "train", "path": "/jobs/{job_id}", "submit": {"path": "/jobs"}, "interval_s": 0.2}
@@ -339,7 +339,7 @@ def test_the_conf_of_a_trigger_that_follows_a_job_past_our_door_is_held_until_it
     until(lambda: service.jobs)
     assert sealing.redis.ttl(f"dagrelay:conf:{reference['dagrelay_conf']}") == -1
     service.end("job-1")
-    run = sealing.handle(sealing.handle("past").get(timeout=30).then).get(timeout=30)
+    run = sealing.handle(sealing.handle("past").get(timeout=60).then).get(timeout=60)
     assert sealing.resolve_conf(airflow.runs["report", run.dag_run_id]["conf"])["a"] == conf["a"]
     until(lambda: not held(sealing))
 
@@ -359,7 +359,7 @@ def test_without_its_key_a_worker_leaves_a_request_waiting_until_one_comes_that_
         until(lambda handle=handle: handle.state == "waiting")
         assert handle.record().error is None
         assert "DAGRELAY_CONF_KEY" in handle.record().reason
-    large = relay.enqueue(TriggerRequest("d", {"a": "x" * 50_000})).get(timeout=30)  # it need not be opened
+    large = relay.enqueue(TriggerRequest("d", {"a": "x" * 50_000})).get(timeout=60)  # it need not be opened
     with pytest.raises(ConfKeyMissing):
         client(valkey, key).resolve_conf(airflow.runs["d", large.dag_run_id]["conf"])
     assert without.text().count("requests wait for a worker with their key") == 1
@@ -371,9 +371,9 @@ def test_without_its_key_a_worker_leaves_a_request_waiting_until_one_comes_that_
     with_it = start_worker(name="with-it", DAGRELAY_CONF_KEY=f"{OTHER},{NEW}", **QUICK)
     for handle in (*handles, fan.handles[0]):
         relay.waits.wake([handle.id])
-        run = handle.get(timeout=30)
+        run = handle.get(timeout=60)
         assert airflow.runs["d", run.dag_run_id]["conf"] == conf
-    assert fan.get(timeout=30)[0].state == "done"
+    assert fan.get(timeout=60)[0].state == "done"
     assert CANARY not in with_it.text()
     assert ConfKeys(NEW).names[0] not in without.text()
     relay.redis.close()

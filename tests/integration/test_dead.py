@@ -136,7 +136,7 @@ def rejected(
     request = TriggerRequest("strict", {"day": CANARY}, key=key, **given)
     handle = relay.enqueue(request)
     with pytest.raises(RequestRejected):
-        handle.get(timeout=20)
+        handle.get(timeout=60)
     airflow.rejecting.clear()
     return handle
 
@@ -158,7 +158,7 @@ def new_id(told: Result) -> str:
 
 
 def test_what_went_well_leaves_no_letter(relay, worked, valkey):
-    relay.enqueue(TriggerRequest("daily_sales")).get(timeout=20)
+    relay.enqueue(TriggerRequest("daily_sales")).get(timeout=60)
 
     assert not list(relay.redis.scan_iter(match=f"{DEAD}*"))
 
@@ -279,11 +279,11 @@ def test_what_expired_before_it_was_begun_lies_there_too_and_a_cancel_does_not(r
     start_worker()
     for handle in (expired, cancelled):
         with pytest.raises(RequestCancelled):
-            handle.get(timeout=20)
+            handle.get(timeout=60)
 
     (letter,) = relay.dead.list()
     assert (letter.id, letter.error) == (expired.id, "Expired")
-    assert relay.dead.replay(letter.id).get(timeout=20).dag_run_id == "relay__e"
+    assert relay.dead.replay(letter.id).get(timeout=60).dag_run_id == "relay__e"
 
 
 def test_a_letter_has_the_history_of_its_attempts_and_where_it_failed(relay, worked, valkey):
@@ -291,7 +291,7 @@ def test_a_letter_has_the_history_of_its_attempts_and_where_it_failed(relay, wor
     handle = relay.enqueue(TriggerRequest("strict", {"day": CANARY}))
     worked.rejecting["strict"] = REFUSED
     with pytest.raises(RequestRejected):
-        handle.get(timeout=20)
+        handle.get(timeout=60)
 
     letter = letter_of(relay, handle)
     assert [what.partition(":")[0] for _, what in letter.history] == ["attempt 1 failed", "attempt 2 failed"]
@@ -304,13 +304,13 @@ def test_a_letter_has_the_history_of_its_attempts_and_where_it_failed(relay, wor
 def test_a_part_of_a_fan_out_lies_there_with_its_request_and_names_it(relay, worked, valkey):
     worked.rejecting["strict"] = REFUSED
     fan = fan_out([{"dag_id": "daily_sales"}, {"dag_id": "strict", "conf": {"day": CANARY}}], relay=relay)
-    outcomes = fan.get(timeout=20)
+    outcomes = fan.get(timeout=60)
 
     assert [one.state for one in outcomes] == ["done", "failed"]
     (letter,) = relay.dead.list(fan_out=fan.id)
     assert (letter.id, letter.error) == (fan.handles[1].id, "RequestRejected")
     worked.rejecting.clear()
-    run = relay.dead.replay(letter.id).get(timeout=20)
+    run = relay.dead.replay(letter.id).get(timeout=60)
     assert run.dag_run_id == f"relay__{letter.id}"
     assert worked.runs["strict", run.dag_run_id]["conf"] == {"day": CANARY}
 
@@ -332,7 +332,7 @@ def test_a_broken_fan_out_lies_there_and_each_of_its_requests_can_be_sent_again(
     assert told.exit_code == OK
     assert "it is a whole fan-out" in told.stderr
     for line in told.stdout.splitlines():
-        relay.handle(line.split()[-1]).get(timeout=20)
+        relay.handle(line.split()[-1]).get(timeout=60)
     assert sorted(run["conf"]["n"] for run in airflow.runs.values()) == [0, 1, 2]
 
 
@@ -453,7 +453,7 @@ def test_a_replay_makes_the_one_run_of_the_old_key(relay, worked, dagrelay):
 
     new = relay.handle(new_id(told))
     assert "run relay__k is started" in told.stderr
-    run = new.get(timeout=20)
+    run = new.get(timeout=60)
     assert (run.dag_run_id, run.created) == ("relay__k", True)
     assert new.id != old.id
     record = new.record()
@@ -477,12 +477,12 @@ def test_a_request_without_a_key_keeps_its_run_id_through_all_replays(relay, wor
     worked.rejecting["strict"] = REFUSED
     second = relay.dead.replay(first.id)
     with pytest.raises(RequestRejected):
-        second.get(timeout=20)
+        second.get(timeout=60)
     worked.rejecting.clear()
 
     letter = letter_of(relay, second)
     assert (letter.replay_of, letter.dag_run_id) == (first.id, f"relay__{first.id}")
-    assert relay.dead.replay(second.id).get(timeout=20).dag_run_id == f"relay__{first.id}"
+    assert relay.dead.replay(second.id).get(timeout=60).dag_run_id == f"relay__{first.id}"
     assert list(worked.runs) == [("strict", f"relay__{first.id}")]
 
 
@@ -515,7 +515,7 @@ def test_two_operators_at_once_replay_each_letter_once(relay, worked, valkey):
     made = {one.letter_id: one.task_id for one in sent}
     assert all(one.error.replayed_as == made[one.letter_id] for one in told if one.error is not None)
     for one in sent:
-        assert relay.handle(one.task_id).get(timeout=20).created
+        assert relay.handle(one.task_id).get(timeout=60).created
     assert len(worked.runs) == 5
 
 
@@ -526,7 +526,7 @@ def test_a_replay_whose_answer_was_lost_is_repeated_as_itself(relay, worked, val
     first, again = (relay.dead.store.replay([(old.id, made)], "op")[0] for _ in range(2))
 
     assert first == again == ("sent", made.task_id)
-    assert relay.handle(made.task_id).get(timeout=20).created
+    assert relay.handle(made.task_id).get(timeout=60).created
 
 
 def test_in_bulk_what_would_happen_is_said_first(relay, worked, dagrelay):
@@ -547,7 +547,7 @@ def test_in_bulk_what_would_happen_is_said_first(relay, worked, dagrelay):
     sent = [json.loads(line) for line in told.stdout.splitlines()]
     assert {one["id"] for one in sent} == ids
     for one in sent:
-        relay.handle(one["replayed_as"]).get(timeout=20)
+        relay.handle(one["replayed_as"]).get(timeout=60)
     assert [letter.id for letter in relay.dead.list()] == [left.id]
 
 
@@ -562,7 +562,7 @@ def test_a_job_is_submitted_anew_by_another_key(relay, service, dagrelay):
     assert "anew at train, by a new key" in told.stderr
     until(lambda: service.jobs)
     service.end("job-1")
-    assert new.get(timeout=20).job_id == "job-1"
+    assert new.get(timeout=60).job_id == "job-1"
     assert [key for key, _ in service.posts] == [reference_for(old.id), reference_for(new.id)]
 
 
@@ -579,13 +579,13 @@ def test_the_rest_of_a_chain_and_the_callbacks_go_on_after_a_replay(relay, worke
     ).apply_async()
     first = relay.handle(sent.parent.parent.id)
     with pytest.raises(RequestRejected):
-        first.get(timeout=20)
+        first.get(timeout=60)
     until(relay.handle(sent.id).ready)
 
     (letter,) = relay.dead.list()  # and none of what was to follow: it goes with the first
     assert letter.id == first.id
     worked.rejecting.clear()
-    relay.dead.replay(first.id).get(timeout=20)
+    relay.dead.replay(first.id).get(timeout=60)
 
     until(lambda: len(worked.runs) == 4)
     dags = {dag_id: run["conf"] for (dag_id, _), run in worked.runs.items()}
@@ -626,7 +626,7 @@ def test_where_the_run_exists_that_is_said_before_anything_is_sent(choice, relay
     else:
         told = dagrelay("dead", "replay", old.id, stdin="reuse\ny\n")
         assert "1 of the runs are there already: reuse or clear them?" in told.stderr
-    run = relay.handle(new_id(told)).get(timeout=20)
+    run = relay.handle(new_id(told)).get(timeout=60)
     assert (run.created, run.cleared) == (False, choice == "clear")
     assert worked.cleared["strict", "relay__k"] == (choice == "clear")
 
@@ -639,7 +639,7 @@ def test_a_choice_is_for_the_runs_that_were_there_alone(relay, worked, dagrelay)
     told = dagrelay("dead", "replay", there.id, away.id, "--yes", "--if-exists", "clear", "-o", "json")
 
     sent = {one["id"]: one["replayed_as"] for one in map(json.loads, told.stdout.splitlines())}
-    runs = {name: relay.handle(task_id).get(timeout=20) for name, task_id in sent.items()}
+    runs = {name: relay.handle(task_id).get(timeout=60) for name, task_id in sent.items()}
     assert runs[there.id].cleared
     assert runs[away.id].created
     asked = {name: relay.redis.hget(record_key(task_id), "replay_of") for name, task_id in sent.items()}
@@ -719,7 +719,7 @@ def test_a_request_is_mended_and_sent_again(relay, worked, dagrelay):
         *("dead", "edit", old.id, "--yes", "--set", 'conf.day="2026-01-01"', "--set", "conf.deep.er=1"),
         *("--set", "give_up_after_s=60", "--unset", "note"),
     )
-    run = relay.handle(new_id(told)).get(timeout=20)
+    run = relay.handle(new_id(told)).get(timeout=60)
     assert "changed: conf, give_up_after_s, note" in told.stderr
     assert run.dag_run_id == f"relay__{old.id}"  # it is still the same
     made = worked.runs["strict", run.dag_run_id]
@@ -766,7 +766,7 @@ def test_a_request_that_was_invalid_is_mended(relay, worked, dagrelay, valkey):
 
     told = dagrelay("dead", "edit", sent.id, "--yes", "--unset", "cnof", "--set", 'conf={"a": 1}')
 
-    run = relay.handle(new_id(told)).get(timeout=20)
+    run = relay.handle(new_id(told)).get(timeout=60)
     assert run.dag_run_id == f"relay__{sent.id}"
 
 
@@ -783,7 +783,7 @@ def test_another_run_is_made_where_that_is_asked_for(changes, run_id, relay, wor
 
     new = new_id(dagrelay("dead", "edit", old.id, "--yes", *changes))
 
-    assert relay.handle(new).get(timeout=20).dag_run_id == (run_id or f"relay__{new}")
+    assert relay.handle(new).get(timeout=60).dag_run_id == (run_id or f"relay__{new}")
 
 
 EDITOR = """
@@ -818,7 +818,7 @@ def test_the_editor_gets_the_request_until_it_is_one(relay, worked, dagrelay, tm
 
     told = edit("y\ny\n")
     assert "give_up_after_s: " in told.stderr
-    relay.handle(new_id(told)).get(timeout=20)
+    relay.handle(new_id(told)).get(timeout=60)
     asked = [(tmp_path / f"asked{number}").read_text().strip() for number in range(4)]
     assert [json.loads(asked[0]), asked[2], json.loads(asked[3])] == [fields, "{", wrong]
     assert worked.runs["strict", f"relay__{old.id}"]["conf"] == {"day": "mended"}
@@ -898,14 +898,14 @@ def test_a_message_that_ended_each_worker_lies_there_and_is_sent_again(relay, ai
     worker = start_worker()
 
     with pytest.raises(Quarantined, match="11 workers could not end it"):
-        handle.get(timeout=20)
+        handle.get(timeout=60)
     until(lambda: not relay.redis.exists("dagrelay:returned"))
     letter = letter_of(relay, handle)
     assert (letter.error, letter.raw, handle.state) == ("Quarantined", None, "failed")
     assert letter.request["kwargs"]["conf"] == {"day": CANARY}
     assert not relay.redis.exists("dagrelay:quarantine")
     assert CANARY not in worker.text()
-    assert relay.dead.replay(handle.id).get(timeout=20).dag_run_id == "relay__k"
+    assert relay.dead.replay(handle.id).get(timeout=60).dag_run_id == "relay__k"
 
 
 def poison(relay: RelayClient, raw: bytes) -> None:
@@ -926,7 +926,7 @@ def test_a_part_of_a_fan_out_that_no_worker_could_end_is_told_to_it(relay, airfl
     poison(relay, raw)
     start_worker(name="w2", **QUICK)
 
-    assert [one.state for one in fan.get(timeout=20)] == ["done", "failed"]
+    assert [one.state for one in fan.get(timeout=60)] == ["done", "failed"]
     assert letter_of(relay, bad).error == "Quarantined"
 
 
@@ -969,7 +969,7 @@ def test_an_open_request_whose_message_cannot_be_read_ends_with_it(relay, worked
     relay.redis.lpush("triggers", raw)
 
     with pytest.raises(Quarantined):
-        relay.handle("mine").get(timeout=20)
+        relay.handle("mine").get(timeout=60)
     letter = relay.dead.get("mine")
     assert (letter.raw, letter.queue_key, letter.unrecorded) == (raw, "triggers", False)
     told = dagrelay("dead", "replay", "mine", "--yes")
@@ -979,7 +979,7 @@ def test_an_open_request_whose_message_cannot_be_read_ends_with_it(relay, worked
 
 def test_a_copy_that_cannot_be_read_changes_nothing(relay, worked, valkey):
     done = relay.enqueue(TriggerRequest("daily_sales", key="k"))
-    done.get(timeout=20)
+    done.get(timeout=60)
     waiting = relay.enqueue(TriggerRequest("daily_sales", key="w"), countdown=3600)
     until(lambda: relay.waits.get(waiting.id))
     relay.redis.hset(record_key(waiting.id), "retried", "2")
@@ -987,7 +987,7 @@ def test_a_copy_that_cannot_be_read_changes_nothing(relay, worked, valkey):
     for handle in (done, waiting):
         message = {"headers": {"id": handle.id, "task": "tasks.trigger_dag", "retries": 1}, "body": 5}
         relay.redis.lpush("triggers", json.dumps(message))
-    relay.enqueue(TriggerRequest("daily_sales", key="after")).get(timeout=20)
+    relay.enqueue(TriggerRequest("daily_sales", key="after")).get(timeout=60)
 
     assert not list(relay.dead.list())
     assert (done.state, waiting.state) == ("done", "accepted")

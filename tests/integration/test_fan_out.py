@@ -135,7 +135,7 @@ def watched(relay: RelayClient, fan: FanOut) -> None:
 
 def test_each_request_has_its_outcome_in_order_and_the_callback_gets_them_all(relay, airflow, worker):
     fan = fan_out(many(450), then=collect("order"), relay=relay)
-    outcomes = fan.get(timeout=20)
+    outcomes = fan.get(timeout=60)
 
     assert [one.id for one in outcomes] == [handle.id for handle in fan.handles]
     assert [airflow.runs["daily_sales", one.dag_run_id]["conf"]["n"] for one in outcomes] == list(range(450))
@@ -147,9 +147,9 @@ def test_each_request_has_its_outcome_in_order_and_the_callback_gets_them_all(re
 
 def test_a_request_of_a_fan_out_ends_as_one_by_itself_does(relay, airflow, worker):
     alone = relay.enqueue(TriggerRequest("daily_sales", {"n": 0}))
-    alone.get(timeout=10)
+    alone.get(timeout=60)
     fan = fan_out(many(1), relay=relay)
-    fan.get(timeout=10)
+    fan.get(timeout=60)
     (one,) = fan.handles
 
     assert one.get(timeout=1).dag_run_id == one.dag_run_id == f"relay__{one.id}"
@@ -168,7 +168,7 @@ def test_a_request_of_a_fan_out_ends_as_one_by_itself_does(relay, airflow, worke
 def test_no_requests_at_all_call_back_with_none(relay, airflow, worker):
     fan = fan_out([], then=collect("none"), relay=relay)
 
-    assert fan.get(timeout=10) == []
+    assert fan.get(timeout=60) == []
     assert called(relay, "none") == []
 
 
@@ -181,7 +181,7 @@ def test_three_bad_ones_of_two_hundred_are_told_among_the_others(relay, airflow,
     requests[77] = {"dag_id": "strict"}
     requests[177] = {"dag_id": "daily_sales", "key": "taken"}
 
-    outcomes = fan_out(requests, then=collect("bad"), relay=relay).get(timeout=20)
+    outcomes = fan_out(requests, then=collect("bad"), relay=relay).get(timeout=60)
 
     bad = {place: one.error for place, one in enumerate(outcomes) if one.state != "done"}
     assert bad == {7: "DagNotFound", 77: "RequestRejected", 177: "RunConflict"}
@@ -196,14 +196,14 @@ def test_whatever_becomes_of_an_answer_there_is_one_run_each(fault, relay, airfl
     airflow.late_s = 1.2
     airflow.fault = lambda number, dag_id, run_id: fault if number % 5 == 0 and number <= 20 else "answer"
 
-    outcomes = fan_out(many(20), relay=relay).get(timeout=20)
+    outcomes = fan_out(many(20), relay=relay).get(timeout=60)
 
     assert [one.run["created"] for one in outcomes] == [True] * 20
     assert len(airflow.runs) == 20
 
 
 def test_the_same_key_twice_is_one_run_with_two_outcomes(relay, airflow, worker):
-    outcomes = fan_out(many(1, key="k") + many(1, key="k"), relay=relay).get(timeout=10)
+    outcomes = fan_out(many(1, key="k") + many(1, key="k"), relay=relay).get(timeout=60)
 
     assert [one.state for one in outcomes] == ["done", "done"]
     assert sorted(one.run["created"] for one in outcomes) == [False, True]
@@ -217,7 +217,7 @@ def test_with_wait_it_joins_on_the_ends_of_the_runs(relay, airflow, worker):
 
     for (_, run_id), run in airflow.runs.items():
         run["state"] = "failed" if run_id == fan.handles[1].dag_run_id else "success"
-    outcomes = fan.get(timeout=20)
+    outcomes = fan.get(timeout=60)
 
     assert [one.state for one in outcomes] == ["done", "failed", "done"]
     assert [one.run and one.run["state"] for one in outcomes] == ["success", None, "success"]
@@ -231,7 +231,7 @@ def test_after_a_failure_nothing_more_is_started_if_asked_so(relay, airflow, wor
     requests = many(200)
     requests[3] = {"dag_id": "strict"}
 
-    outcomes = fan_out(requests, on_error="stop", relay=relay).get(timeout=20)
+    outcomes = fan_out(requests, on_error="stop", relay=relay).get(timeout=60)
 
     assert outcomes[3].error == "RequestRejected"
     begun = [place for place, one in enumerate(outcomes) if one.state == "done"]
@@ -244,7 +244,7 @@ def test_after_a_failure_nothing_more_is_started_if_asked_so(relay, airflow, wor
 def test_to_stop_at_a_failure_is_no_hindrance_where_there_is_none(relay, airflow, worker):
     airflow.fault = lambda number, dag_id, run_id: "503" if number == 5 else "answer"
 
-    outcomes = fan_out(many(30), on_error="stop", relay=relay).get(timeout=20)
+    outcomes = fan_out(many(30), on_error="stop", relay=relay).get(timeout=60)
 
     assert {one.state for one in outcomes} == {"done"}
 
@@ -257,7 +257,7 @@ def test_one_that_waits_is_cancelled_by_its_own_id(relay, airflow, worker):
 
     last.cancel()
 
-    outcomes = fan.get(timeout=20)
+    outcomes = fan.get(timeout=60)
     assert [one.state for one in outcomes] == ["done"] * 5 + ["cancelled"]
     assert (outcomes[-1].error, outcomes[-1].reason) == ("RequestCancelled", "asked by tests@here")
     with pytest.raises(RequestCancelled):
@@ -272,14 +272,14 @@ def test_a_cancelled_fan_out_still_tells_the_callback_of_all(relay, airflow, wor
 
     fan.cancel()
 
-    assert [one.state for one in fan.get(timeout=20)] == ["done"] * 5 + ["cancelled"] * 3
+    assert [one.state for one in fan.get(timeout=60)] == ["done"] * 5 + ["cancelled"] * 3
     assert len(called(relay, "all")) == 8
     assert fan.cancel() == "done"
 
 
 def test_a_copy_of_any_of_its_messages_changes_nothing(relay, airflow, worker):
     fan = fan_out(many(3), then=collect("copies"), relay=relay)
-    outcomes = fan.get(timeout=20)
+    outcomes = fan.get(timeout=60)
     called(relay, "copies")
     copies = {
         "tasks.fan_out": {},
@@ -292,7 +292,7 @@ def test_a_copy_of_any_of_its_messages_changes_nothing(relay, airflow, worker):
         copy["headers"]["redelivered"] = True
         relay.redis.lpush("triggers", json.dumps(copy))
     probe = relay.enqueue(TriggerRequest("daily_sales", {"n": "after"}))
-    probe.get(timeout=10)
+    probe.get(timeout=60)
     until(lambda: not relay.redis.llen("triggers"))
 
     assert len(collected(relay, "copies")) == 1
@@ -383,8 +383,8 @@ def accepted_before(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[s
 def test_what_was_cancelled_before_it_began_is_not_begun(accepted_before):
     one, every = accepted_before["one cancelled"], accepted_before["all cancelled"]
 
-    assert [one.state for one in one.get(timeout=20)] == ["done", "done", "cancelled", "done"]
-    assert {(one.state, one.reason) for one in every.get(timeout=20)} == {
+    assert [one.state for one in one.get(timeout=60)] == ["done", "done", "cancelled", "done"]
+    assert {(one.state, one.reason) for one in every.get(timeout=60)} == {
         ("cancelled", "asked by tests@here")
     }
 
@@ -392,7 +392,7 @@ def test_what_was_cancelled_before_it_began_is_not_begun(accepted_before):
 def test_a_fan_out_whose_launcher_is_lost_is_told_as_broken(accepted_before):
     fan = accepted_before["launcher lost"]
     with pytest.raises(FanOutBroken) as broken:
-        fan.get(timeout=20)
+        fan.get(timeout=60)
 
     assert (broken.value.fan_out_id, broken.value.missing) == (fan.id, 4)
     assert (fan.state, fan.record().error) == ("failed", "FanOutBroken")
@@ -401,7 +401,7 @@ def test_a_fan_out_whose_launcher_is_lost_is_told_as_broken(accepted_before):
 
 def test_a_fan_out_whose_bookkeeping_is_lost_is_told_as_broken(accepted_before):
     with pytest.raises(FanOutBroken, match="bookkeeping is gone") as broken:
-        accepted_before["bookkeeping lost"].get(timeout=20)
+        accepted_before["bookkeeping lost"].get(timeout=60)
 
     assert broken.value.missing == 4
 
@@ -416,13 +416,13 @@ def test_a_fan_out_of_which_a_part_is_lost_is_told_as_broken(relay, airflow, wor
     watched(relay, fan)
 
     with pytest.raises(FanOutBroken) as broken:
-        fan.get(timeout=20)
+        fan.get(timeout=60)
 
     assert broken.value.missing == 2
     assert lost.id in broken.value.reason
     until(lambda: lost.state == "failed")
     airflow.fault = lambda number, dag_id, run_id: "answer"
-    assert fan.handles[2].get(timeout=10).dag_id == "slow"  # what was not lost goes on
+    assert fan.handles[2].get(timeout=60).dag_id == "slow"  # what was not lost goes on
     assert collected(relay, "lost") == []
 
 
@@ -436,7 +436,7 @@ def test_a_fan_out_that_waits_for_long_is_not_taken_for_broken(relay, airflow, w
     assert fan.state == "accepted"
     for run in airflow.runs.values():
         run["state"] = "success"
-    assert [one.state for one in fan.get(timeout=20)] == ["done", "done"]
+    assert [one.state for one in fan.get(timeout=60)] == ["done", "done"]
 
 
 def test_where_only_the_chords_bookkeeping_is_lost_the_callback_is_called_all_the_same(
@@ -452,7 +452,7 @@ def test_where_only_the_chords_bookkeeping_is_lost_the_callback_is_called_all_th
     until(lambda: fan.progress() == (3, 3))
     watched(relay, fan)
 
-    assert len(fan.get(timeout=20)) == 3
+    assert len(fan.get(timeout=60)) == 3
     assert len(called(relay, "late")) == 3
 
 
@@ -469,7 +469,7 @@ def test_a_chunk_that_is_revoked_cancels_its_fan_out_and_the_callback_is_told(wa
     else:
         Celery("stock", broker=relay.settings.redis_url).control.revoke(chunk)
 
-    outcomes = fan.get(timeout=20)
+    outcomes = fan.get(timeout=60)
     assert [one.state for one in outcomes] == ["cancelled"] * 2 + ["done"] * 2
     assert called(relay, f"chunk-{way}") == outcomes
     assert relay.handle(chunk).state == "done"
@@ -480,7 +480,7 @@ def test_a_chunk_that_is_revoked_before_it_began_begins_nothing(relay, start_wor
     relay.waits.cancel(chunk_id(fan.id, 0), by="tests@here")
     start_worker()
 
-    assert {(one.state, one.reason) for one in fan.get(timeout=20)} == {("cancelled", "asked by hand")}
+    assert {(one.state, one.reason) for one in fan.get(timeout=60)} == {("cancelled", "asked by hand")}
 
 
 def test_a_chunk_whose_process_is_ended_by_a_revoke_comes_back_and_cancels_its_fan_out(
@@ -494,7 +494,7 @@ def test_a_chunk_whose_process_is_ended_by_a_revoke_comes_back_and_cancels_its_f
 
     Celery("stock", broker=relay.settings.redis_url).control.revoke(chunk, terminate=True, signal="SIGKILL")
 
-    assert [one.state for one in fan.get(timeout=20)] == ["cancelled"] * 2
+    assert [one.state for one in fan.get(timeout=60)] == ["cancelled"] * 2
     assert relay.redis.llen("host") == 1
     assert relay.handle(chunk).state == "done"
 
@@ -520,7 +520,7 @@ def test_a_held_connection_is_asked_nothing(relay, airflow, worker):
     assert "held" in relay.waits.get(chunk_id(fan.id, 0)).waits_for
     airflow.refuse_token = False  # not before: whoever probes would release it
     assert Lines(relay.redis).release("default") == "credentials"
-    assert {one.state for one in fan.get(timeout=20)} == {"done"}
+    assert {one.state for one in fan.get(timeout=60)} == {"done"}
 
 
 @pytest.fixture
@@ -712,7 +712,7 @@ def test_where_each_failure_counts_a_chunk_whose_time_is_over_comes_back_for_the
     fan = fan_out(many(12), on_error="stop", relay=relay)
     worker = start_worker(options=("-I", "hurried"), PYTHONPATH=str(tmp_path))
 
-    assert {one.state for one in fan.get(timeout=20)} == {"done"}
+    assert {one.state for one in fan.get(timeout=60)} == {"done"}
     assert "its next turn" in worker.text()
     assert set(airflow.posts.values()) == {1}
 
@@ -780,7 +780,7 @@ def test_large_confs_come_in_smaller_chunks(valkey, relay):
 
 def test_nothing_of_a_fan_out_is_left_once_its_records_expire(relay, airflow, worker):
     fan = fan_out(many(3), relay=relay)
-    fan.get(timeout=20)
+    fan.get(timeout=60)
     until(lambda: not relay.redis.exists(f"{fan_out_key(fan.id)}:outcomes"))
     watched(relay, fan)
     until(lambda: not relay.redis.hexists("dagrelay:parked", watch_id(fan.id)))

@@ -351,7 +351,7 @@ def test_a_waiting_task_shows_the_states_of_its_job_and_nothing_for_looks_that_s
     # Events come in order: had the looks before sent any, they would be counted.
     assert stack.events() - before == Counter({"tasks.poll_external_job": 1})
     stack.service.end(job_id)
-    handle.get(timeout=20)
+    handle.get(timeout=60)
     stack.shows_state(handle.id, "SUCCESS")
     assert not [name for name in stack.events() if "look" in name]
 
@@ -370,7 +370,7 @@ def test_a_waiting_task_is_revoked_by_flowers_api_and_shown_as_revoked(stack):
     assert stack.get(f"/api/task/revoke/{handle.id}", method="POST")[0] == 200
 
     with pytest.raises(RequestCancelled):
-        handle.get(timeout=10)
+        handle.get(timeout=60)
     stack.shows_state(handle.id, "REVOKED")
     stack.worker.process.wait_until(
         lambda: job_id in stack.service.cancels, timeout_s=10, what="telling the service", every_s=0.05

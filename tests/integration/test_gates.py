@@ -77,13 +77,13 @@ def test_a_request_is_held_until_its_dag_is_unpaused(relay, airflow, worker, dag
     assert not airflow.runs
     airflow.dags[dag] = {}
 
-    assert handle.get(timeout=20).created
+    assert handle.get(timeout=60).created
 
 
 def test_by_default_a_run_of_a_paused_dag_is_made_and_nothing_is_asked(relay, airflow, worker, dag):
     airflow.dags[dag] = PAUSED
 
-    assert relay.enqueue(TriggerRequest(dag)).get(timeout=10).created
+    assert relay.enqueue(TriggerRequest(dag)).get(timeout=60).created
     assert not airflow.asked
 
 
@@ -92,8 +92,8 @@ def test_a_request_may_fail_instead_unless_its_run_is_there(relay, airflow, work
     airflow.make(dag, "relay__there")
 
     with pytest.raises(DagPaused, match=f"DAG '{dag}' is paused, and no run was made"):
-        relay.enqueue(TriggerRequest(dag, if_paused="fail")).get(timeout=10)
-    there = relay.enqueue(TriggerRequest(dag, if_paused="fail", key="there")).get(timeout=10)
+        relay.enqueue(TriggerRequest(dag, if_paused="fail")).get(timeout=60)
+    there = relay.enqueue(TriggerRequest(dag, if_paused="fail", key="there")).get(timeout=60)
 
     assert (there.created, list(airflow.runs)) == (False, [(dag, "relay__there")])
     airflow.dags[dag] = {}
@@ -103,7 +103,7 @@ def test_a_request_may_fail_instead_unless_its_run_is_there(relay, airflow, work
 def _made_or_paused(relay: Any, dag: str) -> bool:
     """That a DAG was paused is believed for two seconds."""
     try:
-        return bool(relay.enqueue(TriggerRequest(dag, if_paused="fail")).get(timeout=10).created)
+        return bool(relay.enqueue(TriggerRequest(dag, if_paused="fail")).get(timeout=60).created)
     except DagPaused:
         return False
 
@@ -111,7 +111,7 @@ def _made_or_paused(relay: Any, dag: str) -> bool:
 def test_a_request_may_unpause_its_dag_which_is_done_once(relay, airflow, worker, dag):
     airflow.dags[dag] = PAUSED
 
-    runs = [relay.enqueue(TriggerRequest(dag, if_paused="unpause")).get(timeout=10) for _ in range(2)]
+    runs = [relay.enqueue(TriggerRequest(dag, if_paused="unpause")).get(timeout=60) for _ in range(2)]
 
     assert all(run.created for run in runs)
     assert airflow.unpaused[dag] == 1
@@ -122,7 +122,7 @@ def test_a_role_that_may_not_unpause_is_told_in_words(relay, airflow, worker, da
     airflow.dags[dag], airflow.may_unpause = PAUSED, False
 
     with pytest.raises(RequestRejected, match=f"DAG {dag} is paused, and may not be unpaused: Forbidden"):
-        relay.enqueue(TriggerRequest(dag, if_paused="unpause")).get(timeout=10)
+        relay.enqueue(TriggerRequest(dag, if_paused="unpause")).get(timeout=60)
     assert not airflow.runs
 
 
@@ -130,7 +130,7 @@ def test_a_repeat_whose_run_is_there_is_not_held(relay, airflow, worker, dag):
     airflow.dags[dag] = PAUSED
     airflow.make(dag, "relay__k1")
 
-    again = relay.enqueue(TriggerRequest(dag, key="k1", if_paused="hold")).get(timeout=10)
+    again = relay.enqueue(TriggerRequest(dag, key="k1", if_paused="hold")).get(timeout=60)
 
     assert again.created is False
     assert not airflow.posts
@@ -145,7 +145,7 @@ def test_what_is_held_for_a_dag_that_is_deleted_ends(relay, airflow, worker, dag
 
     for handle in handles:
         with pytest.raises(DagNotFound):
-            handle.get(timeout=30)
+            handle.get(timeout=60)
 
 
 # The window
@@ -167,7 +167,7 @@ def test_no_more_than_its_window_are_unfinished_whoever_made_them(relay, airflow
     for run in airflow.unfinished(dag):
         run["state"] = "failed"
 
-    assert all(one.get(timeout=20).created for one in handles)
+    assert all(one.get(timeout=60).created for one in handles)
 
 
 def test_many_workers_together_do_not_overshoot(relay, airflow, start_worker, dag):
@@ -181,7 +181,7 @@ def test_many_workers_together_do_not_overshoot(relay, airflow, start_worker, da
     until(lambda: sum(waits_for(relay, one) == what for one in handles) == 55)
     assert len(airflow.runs) == 5
     with scheduler(airflow, dag):
-        until(lambda: sum(one.ready() for one in handles) >= 15, timeout_s=40)
+        until(lambda: sum(one.ready() for one in handles) >= 15, timeout_s=60)
     assert airflow.most_unfinished[dag] == 5
 
 
@@ -210,9 +210,9 @@ def test_a_lost_answer_neither_makes_two_runs_nor_one_too_many(relay, airflow, w
 
 def test_a_repeat_of_a_run_that_is_unfinished_needs_no_place(relay, airflow, worker, dag):
     request = TriggerRequest(dag, key="k1", window=1)
-    assert relay.enqueue(request).get(timeout=10).created
+    assert relay.enqueue(request).get(timeout=60).created
 
-    assert relay.enqueue(request).get(timeout=10).created is False
+    assert relay.enqueue(request).get(timeout=60).created is False
 
     assert airflow.posts[dag, "relay__k1"] == 1
 
@@ -223,11 +223,11 @@ def test_a_connection_has_a_window_for_requests_that_name_none(relay, airflow, s
 
     held = relay.enqueue(TriggerRequest(dag))
     parked(relay, held, what=f"a free place among the 1 run of DAG {dag}")
-    assert relay.enqueue(TriggerRequest(dag, window=2)).get(timeout=10).created
+    assert relay.enqueue(TriggerRequest(dag, window=2)).get(timeout=60).created
     for run in airflow.unfinished(dag):
         run["state"] = "success"
 
-    assert held.get(timeout=20).created
+    assert held.get(timeout=60).created
 
 
 def test_one_that_waits_for_a_place_gives_up_in_time(relay, airflow, worker, dag):
@@ -236,7 +236,7 @@ def test_one_that_waits_for_a_place_gives_up_in_time(relay, airflow, worker, dag
     handle = relay.enqueue(TriggerRequest(dag, window=1, give_up_after_s=1))
 
     with pytest.raises(GaveUp, match=f"a free place among the 1 run of DAG {dag}"):
-        handle.get(timeout=20)
+        handle.get(timeout=60)
 
 
 def test_what_is_urgent_goes_first_and_a_smaller_window_holds_up_nobody(relay, airflow, worker, dag):
@@ -250,10 +250,10 @@ def test_what_is_urgent_goes_first_and_a_smaller_window_holds_up_nobody(relay, a
     parked(relay, late, urgent, what=what.format("2 runs"))
 
     end(airflow, dag, "a")
-    assert urgent.get(timeout=20).created
+    assert urgent.get(timeout=60).created
     assert not late.ready()
     end(airflow, dag, "b")
-    assert late.get(timeout=20).created
+    assert late.get(timeout=60).created
     assert not small.ready()
 
 
@@ -269,7 +269,7 @@ def test_a_run_that_is_waited_for_needs_no_place_while_it_runs(relay, airflow, w
     assert waits_for(relay, first) == f"run relay__k1 of DAG {dag}"
     end(airflow, dag, "relay__k1")
 
-    assert first.get(timeout=20).state == "success"
+    assert first.get(timeout=60).state == "success"
     parked(relay, second, what=f"run relay__k2 of DAG {dag}")
 
 
@@ -289,7 +289,7 @@ def test_a_worker_killed_as_it_hands_a_run_over_costs_no_place(relay, airflow, s
     for run in airflow.unfinished(dag):
         run["state"] = "success"
 
-    assert other.get(timeout=20).created
+    assert other.get(timeout=60).created
     assert airflow.most_unfinished[dag] == 1
 
 
@@ -313,7 +313,7 @@ def test_what_waits_is_shown_woken_without_harm_and_cancelled(
     handle.cancel()
 
     with pytest.raises(RequestCancelled):
-        handle.get(timeout=10)
+        handle.get(timeout=60)
     with Redis.from_url(valkey.url) as client:
         assert not list(client.scan_iter(f"dagrelay:gate:default:{dag}:*"))
     assert len(airflow.runs) == 1
@@ -330,7 +330,7 @@ def test_an_airflow_that_was_away_is_asked_again(relay, airflow, worker, dag):
     assert not handle.ready()
     airflow.silent = False
 
-    assert handle.get(timeout=30).created
+    assert handle.get(timeout=60).created
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def redis(store) -> Iterator[Redis]:
         yield client
 
 
-def until(found: Callable[[], object], timeout_s: float = 20) -> None:
+def until(found: Callable[[], object], timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not found():
         assert time.monotonic() < deadline, "not within the time"

@@ -72,4 +72,4 @@ def test_a_child_that_was_killed_with_its_request_leaves_the_outcome_unknown(rel
     airflow.stop()
 
     with pytest.raises(OutcomeUnknown):
-        handle.get(timeout=40)
+        handle.get(timeout=60)

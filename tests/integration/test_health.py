@@ -34,7 +34,7 @@ from tests.worker import Worker
 Health = Callable[..., tuple[int, dict[str, Any]]]
 
 
-def until(ask: Callable[[], Any], what: str, timeout_s: float = 30.0) -> Any:
+def until(ask: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
     deadline = time.monotonic() + timeout_s
     while not (found := ask()):
         assert time.monotonic() < deadline, f"not {what} after {timeout_s:g} s"
@@ -219,7 +219,7 @@ def test_wrong_usage_and_wrong_settings_are_told(health):
 
 def test_where_all_is_well_nothing_is_stuck(start, health, relay):
     start()
-    relay.enqueue(TriggerRequest(dag_id="good")).get(timeout=20)
+    relay.enqueue(TriggerRequest(dag_id="good")).get(timeout=60)
     relay.enqueue(TriggerRequest(dag_id="good"), countdown=600)
     relay.enqueue(TriggerRequest(dag_id="good", wait=True))
     until(lambda: relay.waits.size() == 2, "parked")

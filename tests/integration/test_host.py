@@ -101,12 +101,12 @@ signature = trigger_dag.s("daily_sales", key="k2")
 second = signature.delay()
 third = signature.apply_async(countdown=0.1)
 tasks.everybodys.name
-run = handle.get(timeout=30).to_message()
-others = [second.get(timeout=30).dag_run_id, third.get(timeout=30).dag_run_id]
+run = handle.get(timeout=60).to_message()
+others = [second.get(timeout=60).dag_run_id, third.get(timeout=60).dag_run_id]
 used = snapshot()
 if "own" in sys.argv:
     tasks.prepare.delay("2026-11-20")
-    trigger_dag.delay("daily_sales", key="k2").get(timeout=30)
+    trigger_dag.delay("daily_sales", key="k2").get(timeout=60)
 print(json.dumps({
     "changed by import": [name for name in before if before[name] != imported[name]],
     "changed by use": [name for name in before if before[name] != used[name]],
@@ -230,7 +230,7 @@ first = chain(prepare.s("2026-11-20"), relay.s("daily_sales", key="by-relay")).a
 second = chain(nothing.s(), relay.s("daily_sales", {"own": 1}, key="own-conf")).apply_async()
 third = chain(prepare.s("2026-11-20"), relay.si("daily_sales", key="immutable")).apply_async()
 bad = chain(prepare.s("2026-11-20"), relay.s("daily_sales", {"own": 1})).apply_async()
-runs = [client().handle(one.get(timeout=30)).get(timeout=30).to_message() for one in (first, second, third)]
+runs = [client().handle(one.get(timeout=60)).get(timeout=60).to_message() for one in (first, second, third)]
 print(json.dumps([runs, repr(bad.get(timeout=30, propagate=False))]))
 """
 
@@ -348,6 +348,6 @@ def test_a_worker_on_a_machine_with_another_broker_in_its_environment_works_from
         theirs.flushall()
         worker = start_worker(CELERY_BROKER_URL=its_own.url, CELERY_RESULT_BACKEND=its_own.url)
 
-        assert relay.enqueue(TriggerRequest("daily_sales", key="k")).get(timeout=20).created
+        assert relay.enqueue(TriggerRequest("daily_sales", key="k")).get(timeout=60).created
         assert theirs.dbsize() == 0
         assert "CELERY_BROKER_URL is not followed" in worker.text()

@@ -362,7 +362,7 @@ def test_no_connection_in_time():
             sock.close()
     assert not error.reached
     assert "no connection within 0.3 s" in error.reason
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 10
 
 
 def test_a_header_that_cannot_be_sent(serving):
@@ -451,7 +451,7 @@ def test_a_server_that_drips_does_not_hold_us(serving, where):
     error = no_answer(serving(serve), read_timeout_s=0.5)
     assert error.reached
     assert "no complete answer within 0.5 s" in error.reason
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 8  # and not the 10 s for which it sends
 
 
 def test_a_slow_but_complete_answer_is_taken(serving):
@@ -478,12 +478,12 @@ def test_a_request_may_have_its_own_time(serving):
 def test_a_server_that_does_not_read_does_not_hold_us(serving):
     began = time.monotonic()
     error = no_answer(
-        serving(lambda c: time.sleep(3)),
+        serving(lambda c: time.sleep(30)),
         HttpRequest("POST", "/", {}, b"x" * 30_000_000),
         read_timeout_s=0.5,
     )
     assert error.reached
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 15
 
 
 @pytest.mark.parametrize("kind", ["plain", "chunks", "gzip"])
@@ -591,7 +591,7 @@ def test_tls_answers_are_bounded_in_time_too(serving, tls):
     began = time.monotonic()
     error = no_answer(serving(serve, tls), verify=str(TLS / "cert.pem"), read_timeout_s=0.5)
     assert error.reached
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 8  # and not the 10 s for which it sends
 
 
 # Proxies
@@ -611,7 +611,7 @@ def test_a_proxy_of_the_environment_is_used(serving, monkeypatch):
 
 def test_a_proxy_that_is_not_there_or_refuses_gets_nothing_through(serving, monkeypatch):
     refusing = serving(lambda c: c.answer_all(b"HTTP/1.1 503 No\r\nContent-Length: 0\r\n\r\n"))
-    silent = serving(lambda c: (c.read(), time.sleep(3)))
+    silent = serving(lambda c: (c.read(), time.sleep(30)))
     for name in ("https_proxy", "HTTPS_PROXY"):
         monkeypatch.setenv(name, f"http://us:canary@127.0.0.1:{refusing.port}")
     error = no_answer("https://airflow.invalid")
@@ -623,7 +623,7 @@ def test_a_proxy_that_is_not_there_or_refuses_gets_nothing_through(serving, monk
     began = time.monotonic()
     error = no_answer("https://airflow.invalid")
     assert not error.reached
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 15
 
     refusing.close()
     for name in ("https_proxy", "HTTPS_PROXY"):

@@ -467,7 +467,7 @@ def test_an_answer_waits_for_a_broker_that_is_away(broker, stream, relay, airflo
     airflow.runs["sales", "relay__later"]["state"] = "success"
     until(lambda: relay.records.get(_only(relay, "relay__later")).ended)
     broker.start()
-    until(lambda: _answers_ping(stream) and answers(stream)[-1]["what"] == "ended", 40)
+    until(lambda: _answers_ping(stream) and answers(stream)[-1]["what"] == "ended", 60)
     assert answers(stream)[-1]["state"] == "done"
 
 

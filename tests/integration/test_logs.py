@@ -51,12 +51,12 @@ def hand_over(relay: RelayClient, airflow: Any, stock: Celery[Any]) -> dict[str,
     unforeseen = stock.send_task("tests.raise_value", (CANARY,), queue="triggers")
     misspelt = stock.send_task("tasks.trigger_dags", kwargs={"conf": CONF}, queue="triggers")
 
-    assert done.get(timeout=30).created
-    assert retried.get(timeout=30).created
+    assert done.get(timeout=60).created
+    assert retried.get(timeout=60).created
     with pytest.raises(DagNotFound):
-        missing.get(timeout=30)
+        missing.get(timeout=60)
     with pytest.raises(RequestRejected):
-        rejected.get(timeout=30)
+        rejected.get(timeout=60)
     later.cancel()
     until(lambda: later.state == "cancelled")
     until(lambda: job.record().job_id)
@@ -85,7 +85,7 @@ def test_in_json_every_line_is_a_record_and_every_outcome_one(pool, relay, airfl
         )
         ids = hand_over(relay, airflow, stock)
         service.end("job-1", out=CANARY)
-        relay.handle(ids["job"]).get(timeout=30)
+        relay.handle(ids["job"]).get(timeout=60)
         until(lambda: "tests.raise_value" in worker.text() and "tasks.trigger_dags" in worker.text())
     assert worker.stop() == 0
 
@@ -134,7 +134,7 @@ def test_by_default_it_is_key_value_and_says_the_same(relay, airflow, start_work
         )
         ids = hand_over(relay, airflow, stock)
         service.end("job-1")
-        relay.handle(ids["job"]).get(timeout=30)
+        relay.handle(ids["job"]).get(timeout=60)
         until(lambda: "tests.raise_value" in worker.text() and "tasks.trigger_dags" in worker.text())
         until(lambda: bool(lines_of(worker, ids["job"])))  # it is logged after the result can be read
 

@@ -84,7 +84,7 @@ class Scene:
         return [json.loads(raw)["headers"]["id"] for raw in self.redis.lrange("jobs", 0, -1)]
 
 
-def until(ask: Callable[[], Any], what: str, timeout_s: float = 15.0) -> Any:
+def until(ask: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
     deadline = time.monotonic() + timeout_s
     while not (found := ask()):
         assert time.monotonic() < deadline, f"not {what} after {timeout_s:g} s: {found!r}"
@@ -200,7 +200,7 @@ def test_a_frozen_service_holds_up_no_other(scene, one, other):
         began = time.monotonic()
         before = {each: one.looks[scene.job(each)] for each in ids}
         until(lambda: all(one.looks[scene.job(each)] >= before[each] + 4 for each in ids), "looked at")
-        assert time.monotonic() - began < 4 * 0.3 + 2.5
+        assert time.monotonic() - began < 15  # and not the 20 s for which the other is frozen
     finally:
         frozen.set()
     until(lambda: all(other.looks[scene.job(each)] for each in stuck), "looked at when it thaws")
@@ -269,7 +269,7 @@ def test_what_a_killed_worker_had_begun_is_looked_at_again_by_another(tmp_path: 
         killed = time.monotonic()
         with Worker(valkey.url, tmp_path, name="w2", options=LOOKS_ONLY, DAGRELAY_SERVICE_ONE=variable):
             until(lambda: all(service.looks[scene.job(each)] for each in ids), "looked at again")
-        assert time.monotonic() - killed < 6 + 5  # the lease (0.5 + 0.5 + 5 s), and a start
+        assert time.monotonic() - killed < 6 + 20  # the lease (0.5 + 0.5 + 5 s), and a start
 
 
 def test_looks_go_on_where_redis_is_full_so_that_what_has_ended_makes_room(tmp_path: Path):

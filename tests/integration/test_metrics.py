@@ -65,7 +65,7 @@ def start(valkey: Valkey, airflow: FakeAirflow, tmp_path: Path) -> Iterator[Star
 def end_of(relay: RelayClient, **request: Any) -> str:
     """Have a request done; return how it ended: its class of error, or ""."""
     try:
-        relay.enqueue(TriggerRequest(**request)).get(timeout=30)
+        relay.enqueue(TriggerRequest(**request)).get(timeout=60)
     except DagrelayError as exc:
         return type(exc).__name__
     return ""
@@ -146,7 +146,7 @@ def test_fan_outs_jobs_and_looks_are_counted(start, relay, airflow):
     with FakeService() as service:
         _, port = start(DAGRELAY_SERVICE_TRAIN=service.variable)
         handle = fan_out([TriggerRequest(dag_id="good") for _ in range(30)], relay=relay)
-        assert len(handle.get(timeout=30)) == 30
+        assert len(handle.get(timeout=60)) == 30
 
         submit = {"path": "/jobs", "body": {"ref": "{reference}"}}
         job = PollRequest(service="train", path="/jobs/{job_id}", submit=submit, interval_s=0.2)
@@ -166,8 +166,8 @@ def test_fan_outs_jobs_and_looks_are_counted(start, relay, airflow):
         (job_id,) = service.jobs
         service.jobs[job_id]["state"] = "done"
         airflow.runs["good", f"relay__{waiting.id}"]["state"] = "success"
-        following.get(timeout=20)
-        waiting.get(timeout=20)
+        following.get(timeout=60)
+        waiting.get(timeout=60)
 
         found = scrape_until(port, lambda found: ended(found) == 31 and "dagrelay_jobs_total" in str(found))
     assert of(found, TRIGGERS) == {'connection="default",outcome="started"': 31}
@@ -186,7 +186,7 @@ def test_fan_outs_jobs_and_looks_are_counted(start, relay, airflow):
 def test_the_page_names_no_dag_no_key_no_id_and_no_conf(start, relay):
     _, port = start()
     handle = relay.enqueue(TriggerRequest(dag_id=DAG_ID, conf={"a": CONF_VALUE}, key=KEY))
-    handle.get(timeout=20)
+    handle.get(timeout=60)
     text = page(port)
     assert of(samples(text), TRIGGERS)
     for word in (DAG_ID, CONF_VALUE, KEY, handle.id, "adminpw", "a-token"):
@@ -258,7 +258,7 @@ def test_what_a_dead_worker_held_is_counted_as_taken_back(start, relay, airflow)
     dying.process.kill()
     airflow.fault = lambda number, dag_id, run_id: "answer"
     _, port = start("w2")
-    found = scrape_until(port, lambda found: ended(found) == 4, timeout_s=40)
+    found = scrape_until(port, lambda found: ended(found) == 4, timeout_s=60)
     assert 1 <= found["dagrelay_messages_taken_back_total{}"] <= 4
 
 
@@ -282,7 +282,7 @@ def test_while_redis_is_away_the_page_says_so_and_comes_back(start, valkey, rela
         lost = of(found, "dagrelay_redis_errors_total").get('where="connection"', 0)
         return found.get("dagrelay_redis_up{}") == 1 and (lost >= 1 or how == "frozen")
 
-    scrape_until(port, back, timeout_s=40)
+    scrape_until(port, back, timeout_s=60)
     assert end_of(relay, dag_id="good") == ""
 
 
@@ -328,7 +328,7 @@ def test_a_real_prometheus_can_answer_every_question_of_the_dashboard(start, rel
             assert end_of(relay, dag_id="bad") == "RequestRejected"
             server.wait_until(lambda: bool(service.jobs), timeout_s=30, what="asking the service")
             next(iter(service.jobs.values()))["state"] = "done"
-            following.get(timeout=20)
+            following.get(timeout=60)
             silent = {
                 "dagrelay_redis_max_bytes",  # Redis has no limit here
                 "dagrelay_retries_total",  # nothing was tried again

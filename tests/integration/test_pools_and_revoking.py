@@ -26,7 +26,7 @@ def test_every_pool_makes_one_run_of_a_lost_answer(pool, relay, airflow, start_w
     airflow.fault = lambda number, dag_id, run_id: "drop" if number == 1 else "answer"
     start_worker(options=("-P", pool, "-c", "2"))
 
-    assert relay.enqueue(SALES).get(timeout=30).created
+    assert relay.enqueue(SALES).get(timeout=60).created
     assert list(airflow.runs) == [RUN]
 
 
@@ -36,9 +36,9 @@ def test_one_setting_goes_back_to_kombus_way_to_fetch_and_parking_stays(relay, a
 
     later = relay.enqueue(TriggerRequest("daily_sales", key="k2"), countdown=3)
 
-    assert relay.enqueue(SALES).get(timeout=30).created
+    assert relay.enqueue(SALES).get(timeout=60).created
     until(lambda: relay.redis.zcard("dagrelay:due"))
-    assert later.get(timeout=30).created
+    assert later.get(timeout=60).created
     assert not relay.redis.keys("dagrelay:held:*")  # ours would have them there
     assert len(airflow.runs) == 2
 
@@ -48,7 +48,7 @@ def test_workers_that_speak_with_each_other_start_and_work(relay, airflow, start
     start_worker(name="w1", alone=False)
     start_worker(name="w2", alone=False)
 
-    assert relay.enqueue(SALES).get(timeout=30).created
+    assert relay.enqueue(SALES).get(timeout=60).created
     assert len(stock.control.ping(timeout=2)) == 2
 
 
@@ -68,7 +68,7 @@ def test_a_killed_child_leaves_its_message_to_the_lease(relay, airflow, start_wo
         os.kill(int(child), signal.SIGKILL)
     airflow.delay_s = 0.0
 
-    assert handle.get(timeout=40).created
+    assert handle.get(timeout=60).created
     assert list(airflow.runs) == [RUN]
 
 
@@ -80,7 +80,7 @@ def test_a_request_that_waits_can_be_revoked(relay, airflow, start_worker, stock
     stock.control.revoke(handle.id)
 
     with pytest.raises(RequestCancelled, match="revoked"):
-        handle.get(timeout=20)
+        handle.get(timeout=60)
     assert not airflow.posts
     assert handle.record().state == "cancelled"
 

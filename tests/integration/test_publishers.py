@@ -30,7 +30,7 @@ ODD = {"text": "\"quotes\" 'quotes' $HOME `ls` \\ ünïcödé 🦉 %s\n\r\n", "n
 pytestmark = pytest.mark.integration
 
 
-def until(seen: Callable[[], Any], what: str, timeout_s: float = 30) -> Any:
+def until(seen: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if found := seen():

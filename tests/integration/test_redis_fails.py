@@ -53,7 +53,7 @@ def test_an_end_that_cannot_be_written_is_not_acknowledged(how, relay, airflow, 
     time.sleep(1)
     mend_it(server)
 
-    run = handle.get(timeout=40)
+    run = handle.get(timeout=60)
     assert run.created
     assert list(airflow.runs) == [RUN]
     assert handle.record().state == "done"
@@ -75,7 +75,7 @@ def test_a_retry_that_cannot_be_published_is_not_acknowledged(how, relay, airflo
     time.sleep(1)
     mend_it(server)
 
-    assert handle.get(timeout=40).created
+    assert handle.get(timeout=60).created
     assert list(airflow.runs) == [RUN]
 
 
@@ -95,7 +95,7 @@ def test_connections_that_are_cut_again_and_again_lose_nothing(relay, airflow, s
     stop.set()
     cutter.join()
 
-    assert all(handle.get(timeout=40).created for handle in handles)
+    assert all(handle.get(timeout=60).created for handle in handles)
     assert len(airflow.runs) == 100
 
 

@@ -114,4 +114,4 @@ def test_each_job_ends_by_the_answer_to_it(relay: RelayClient):
     }
     assert [handles[film].get(timeout=90).result for film in (7, 8)] == [7, 8]
     with pytest.raises(ExternalJobFailed, match="bad luck"):
-        handles[13].get(timeout=30)
+        handles[13].get(timeout=60)

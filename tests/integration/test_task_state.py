@@ -103,12 +103,12 @@ def said(handle: Handle[Any]) -> str:
     def lines() -> list[str]:
         return [words for _, words in handle.history() if words.startswith("task ")]
 
-    until(lines, timeout_s=20)
+    until(lines, timeout_s=60)
     return lines()[-1]
 
 
 def letter_of(relay: RelayClient, handle: Handle[Any]) -> Letter:
-    until(lambda: relay.dead.get(f"{handle.id}.task"), timeout_s=20)
+    until(lambda: relay.dead.get(f"{handle.id}.task"), timeout_s=60)
     found = relay.dead.get(f"{handle.id}.task")
     assert found is not None
     return found
@@ -397,7 +397,7 @@ def test_the_death_of_a_worker_in_the_midst_of_it_delays_it_and_no_more(
     worker.kill()
     start_worker(name="w2", **environ)
 
-    until(lambda: task["state"] == "success", timeout_s=30)
+    until(lambda: task["state"] == "success", timeout_s=60)
     assert len(airflow.patches) == 1
     relay.redis.close()
 
@@ -410,12 +410,12 @@ def test_many_ends_at_once_stay_within_the_slots(start, service, airflow):
         airflow.make_task(*WHO, index)
     airflow.delay_s = 0.02
     handles = [start(map_index=index, try_number=1) for index in range(24)]
-    until(lambda: len(service.jobs) == 24, timeout_s=30)
+    until(lambda: len(service.jobs) == 24, timeout_s=60)
     for handle in handles:
         until(lambda handle=handle: handle.record().job_id)
         service.end(handle.record().job_id)
 
-    until(lambda: all(task["state"] == "success" for task in airflow.tasks.values()), timeout_s=40)
+    until(lambda: all(task["state"] == "success" for task in airflow.tasks.values()), timeout_s=60)
     assert len(airflow.patches) == 24
     assert airflow.most_in_flight <= 2
 
@@ -455,7 +455,7 @@ def test_a_callback_of_the_service_ends_the_task(valkey, service, airflow, start
         assert gateway.ask("POST", path, {"state": "done"}, token=None).status == 202
         assert gateway.ask("POST", path, {"state": "failed"}, token=None).status == 409
 
-        until(lambda: task["state"] == "success", timeout_s=20)
+        until(lambda: task["state"] == "success", timeout_s=60)
         until(lambda: "is set to success" in str(gateway.ask("GET", accepted.body["status_url"]).body))
         assert len(airflow.patches) == 1
 

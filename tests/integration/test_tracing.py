@@ -53,13 +53,13 @@ def traced(relay, airflow) -> Iterator[Callable[[str], None]]:
 def test_a_trace_is_in_the_request_to_airflow_in_the_note_and_in_the_log(relay, airflow, worker, traced):
     handle = relay.enqueue(SALES, traceparent=PARENT)
 
-    assert handle.get(timeout=30).created
+    assert handle.get(timeout=60).created
     traced()
     assert outcome_of(worker, handle.id).endswith(f" trace_id={TRACE_ID}")
 
 
 def test_without_a_trace_there_is_none(relay, airflow, worker):
-    assert relay.enqueue(SALES).get(timeout=30).created
+    assert relay.enqueue(SALES).get(timeout=60).created
 
     assert airflow.traces[RUN] is None
     assert "traceparent" not in note_of(airflow, *RUN)
@@ -141,7 +141,7 @@ def test_the_headers_of_a_stock_celery_client_count_as_well(airflow, worker, val
         headers={"traceparent": PARENT, "tracestate": "rojo=1"},
     )
 
-    assert relay.handle(sent.id).get(timeout=30).created
+    assert relay.handle(sent.id).get(timeout=60).created
     traced()
 
 
@@ -155,7 +155,7 @@ def test_a_wrong_trace_of_somebody_else_is_as_none(airflow, worker, valkey, rela
         headers={"traceparent": wrong},
     )
 
-    assert relay.handle(sent.id).get(timeout=30).created
+    assert relay.handle(sent.id).get(timeout=60).created
     assert airflow.traces[RUN] is None
     assert "traceparent" not in note_of(airflow, *RUN)
 
@@ -177,7 +177,7 @@ def test_the_run_that_follows_a_job_is_in_its_trace(relay, airflow, start_worker
         assert service.requests[0][2]["traceparent"] == PARENT
         service.end("job-1")
 
-        then = relay.handle(handle.get(timeout=30).then).get(timeout=30)
+        then = relay.handle(handle.get(timeout=60).then).get(timeout=60)
 
     assert airflow.traces["after", then.dag_run_id] == PARENT
     assert f" traceparent={PARENT}" in note_of(airflow, "after", then.dag_run_id)

@@ -26,7 +26,7 @@ SALES = TriggerRequest("daily_sales", {"day": "2026-11-20"}, key="k1")
 RUN = ("daily_sales", "relay__k1")
 
 
-def until(ready: Callable[[], object], timeout_s: float = 20.0) -> object:
+def until(ready: Callable[[], object], timeout_s: float = 60.0) -> object:
     """Return what `ready` says as soon as it is true; fail the test after the timeout."""
     deadline = time.monotonic() + timeout_s
     while not (found := ready()):
@@ -36,7 +36,7 @@ def until(ready: Callable[[], object], timeout_s: float = 20.0) -> object:
 
 
 def test_a_trigger_becomes_a_run(relay, airflow, worker):
-    run = relay.enqueue(SALES).get(timeout=10)
+    run = relay.enqueue(SALES).get(timeout=60)
 
     assert (run.dag_id, run.dag_run_id, run.created) == ("daily_sales", "relay__k1", True)
     assert airflow.runs[RUN]["conf"] == {"day": "2026-11-20"}
@@ -44,7 +44,7 @@ def test_a_trigger_becomes_a_run(relay, airflow, worker):
 
 def test_the_run_says_who_asked_for_it(relay, airflow, worker):
     handle = relay.enqueue(TriggerRequest("daily_sales", key="k1", note="for the audit"))
-    handle.get(timeout=10)
+    handle.get(timeout=60)
 
     ours, _, theirs = airflow.runs[RUN]["note"].partition("\n\n")
     assert f"task={handle.id}" in ours
@@ -70,7 +70,7 @@ def test_a_thousand_keys_a_third_sent_twice_a_fifth_of_the_answers_lost_one_run_
 def test_whatever_becomes_of_an_answer_there_is_one_run(fault, relay, airflow, worker):
     airflow.fault = lambda number, dag_id, run_id: fault if number == 1 else "answer"
 
-    run = relay.enqueue(SALES).get(timeout=20)
+    run = relay.enqueue(SALES).get(timeout=60)
 
     assert run.created
     assert list(airflow.runs) == [RUN]
@@ -87,7 +87,7 @@ def test_retry_after_is_honoured(relay, airflow, start_worker):
     airflow.fault = lambda number, dag_id, run_id: "503" if number == 1 else "answer"
     start_worker()
 
-    relay.enqueue(SALES).get(timeout=20)
+    relay.enqueue(SALES).get(timeout=60)
 
     assert airflow.post_times[1] - airflow.post_times[0] >= 1.0
 
@@ -101,7 +101,7 @@ def test_an_airflow_that_is_down_gets_its_triggers_when_it_is_back(relay, airflo
     assert "unavailable" in handle.record().reason
     airflow.start()
 
-    assert handle.get(timeout=30).created
+    assert handle.get(timeout=60).created
 
 
 def test_a_worker_killed_in_the_midst_makes_each_run_once(relay, airflow, start_worker):
@@ -125,21 +125,21 @@ def test_a_missing_dag_gets_the_time_of_a_redeploy(relay, airflow, start_worker)
 
     airflow.missing.clear()
 
-    assert handle.get(timeout=30).created
+    assert handle.get(timeout=60).created
 
 
 def test_a_dag_that_stays_missing_is_told(relay, airflow, worker):
     airflow.missing.add("daily_sales")
 
     with pytest.raises(DagNotFound, match="daily_sales"):
-        relay.enqueue(SALES).get(timeout=20)
+        relay.enqueue(SALES).get(timeout=60)
 
 
 def test_a_dag_that_stays_broken_is_told(relay, airflow, worker):
     airflow.broken.add("daily_sales")
 
     with pytest.raises(DagBroken, match="import errors"):
-        relay.enqueue(SALES).get(timeout=20)
+        relay.enqueue(SALES).get(timeout=60)
 
 
 def test_a_run_that_exists_is_found_although_the_dag_is_broken_now(relay, airflow, start_worker):
@@ -150,28 +150,28 @@ def test_a_run_that_exists_is_found_although_the_dag_is_broken_now(relay, airflo
     until(lambda: airflow.runs)
     airflow.broken.add("daily_sales")
 
-    assert handle.get(timeout=20).created
+    assert handle.get(timeout=60).created
 
 
 def test_a_rejection_is_told_in_airflows_words(relay, airflow, worker):
     airflow.rejecting["daily_sales"] = (400, {"detail": "Invalid input for param must: No value passed"})
 
     with pytest.raises(RequestRejected, match="Invalid input for param must"):
-        relay.enqueue(SALES).get(timeout=20)
+        relay.enqueue(SALES).get(timeout=60)
     assert airflow.posts[RUN] == 1
 
 
 def test_an_equal_run_of_somebody_else_is_reused(relay, airflow, worker):
     airflow.make(*RUN, conf={"day": "2026-11-20"}, note="made by hand")
 
-    assert relay.enqueue(SALES).get(timeout=10).created is False
+    assert relay.enqueue(SALES).get(timeout=60).created is False
 
 
 def test_another_conf_under_the_same_key_is_a_conflict(relay, airflow, worker):
     airflow.make(*RUN, conf={"day": "a-secret"})
 
     with pytest.raises(RunConflict, match="values differ under: day") as told:
-        relay.enqueue(SALES).get(timeout=10)
+        relay.enqueue(SALES).get(timeout=60)
     assert "a-secret" not in str(told.value)
 
 
@@ -182,9 +182,9 @@ def test_if_exists_decides_about_an_equal_run(if_exists, relay, airflow, worker)
 
     if if_exists == "fail":
         with pytest.raises(RunExists):
-            handle.get(timeout=10)
+            handle.get(timeout=60)
     else:
-        assert handle.get(timeout=10).created is False
+        assert handle.get(timeout=60).created is False
 
 
 def test_a_finished_run_is_cleared_once(relay, airflow, worker):
@@ -203,7 +203,7 @@ def test_a_logical_date_that_is_taken_names_the_run_that_has_it(relay, airflow, 
     request = TriggerRequest("daily_sales", key="k1", logical_date="2026-11-20T00:00:00+00:00")
 
     with pytest.raises(LogicalDateTaken, match="scheduled__1"):
-        relay.enqueue(request).get(timeout=10)
+        relay.enqueue(request).get(timeout=60)
 
 
 def test_refused_credentials_hold_the_connection_and_the_requests_wait(relay, airflow, start_worker):
@@ -229,12 +229,12 @@ def test_better_credentials_are_not_bound_by_the_hold(relay, airflow, start_work
     start_worker(name="w2")
     other = relay.enqueue(TriggerRequest("daily_sales", key="k2"))
 
-    assert other.get(timeout=10).created
+    assert other.get(timeout=60).created
 
 
 def test_a_connection_that_the_worker_does_not_have_is_told(relay, worker):
     with pytest.raises(ConnectionNotConfigured, match="AIRFLOW_CONN_ELSEWHERE"):
-        relay.enqueue(TriggerRequest("daily_sales", connection="elsewhere")).get(timeout=10)
+        relay.enqueue(TriggerRequest("daily_sales", connection="elsewhere")).get(timeout=60)
 
 
 def test_giving_up_when_nothing_can_have_reached_airflow(relay, airflow, start_worker):
@@ -242,7 +242,7 @@ def test_giving_up_when_nothing_can_have_reached_airflow(relay, airflow, start_w
     airflow.stop()
 
     with pytest.raises(GaveUp, match="no run was made"):
-        relay.enqueue(TriggerRequest("daily_sales", key="k1", give_up_after_s=1)).get(timeout=30)
+        relay.enqueue(TriggerRequest("daily_sales", key="k1", give_up_after_s=1)).get(timeout=60)
 
 
 def test_an_unknown_outcome_is_looked_up_and_corrected(relay, airflow, worker):
@@ -250,7 +250,7 @@ def test_an_unknown_outcome_is_looked_up_and_corrected(relay, airflow, worker):
     airflow.fault = lambda number, dag_id, run_id: "reset"
     handle = relay.enqueue(TriggerRequest("daily_sales", key="k1", give_up_after_s=1))
     with pytest.raises(OutcomeUnknown):
-        handle.get(timeout=30)
+        handle.get(timeout=60)
 
     airflow.make(*RUN, note=f"dagrelay task={handle.id} at=…")
 
@@ -262,7 +262,7 @@ def test_an_unknown_outcome_is_looked_up_and_corrected(relay, airflow, worker):
 def test_a_countdown_waits_in_redis(relay, airflow, worker):
     before = time.time()
 
-    relay.enqueue(SALES, countdown=2).get(timeout=20)
+    relay.enqueue(SALES, countdown=2).get(timeout=60)
 
     assert 2.0 <= airflow.post_times[0] - before < 6.0
 
@@ -273,7 +273,7 @@ def test_what_expired_before_it_was_begun_is_told(relay, airflow, start_worker):
     start_worker()
 
     with pytest.raises(RequestCancelled, match="expired"):
-        handle.get(timeout=10)
+        handle.get(timeout=60)
     assert not airflow.posts
     assert handle.record().state == "cancelled"
 
@@ -286,7 +286,7 @@ def test_an_invalid_message_of_somebody_else_is_told_by_name(relay, worker, valk
     result = stock.send_task("tasks.trigger_dag", kwargs={"dag_id": "d", "confg": {}}, queue="triggers")
 
     with pytest.raises(InvalidRequest, match="confg"):
-        relay.handle(result.id).get(timeout=10)
+        relay.handle(result.id).get(timeout=60)
 
 
 def test_a_message_by_position_and_by_name_from_any_celery_client(airflow, relay, worker, valkey):
@@ -299,7 +299,7 @@ def test_a_message_by_position_and_by_name_from_any_celery_client(airflow, relay
         stock.send_task("tasks.trigger_dag", (), {"dag_id": "daily_sales", "key": "b"}, queue="triggers"),
     ]
 
-    assert [relay.handle(result.id).get(timeout=10).dag_run_id for result in sent] == ["relay__a", "relay__b"]
+    assert [relay.handle(result.id).get(timeout=60).dag_run_id for result in sent] == ["relay__a", "relay__b"]
     assert relay.record(sent[0].id).state == "done"
 
 

@@ -54,7 +54,7 @@ def test_a_run_that_ends_well_is_the_outcome_and_looks_see_it(relay, airflow, wo
     airflow.runs[RUN]["state"] = "running"
     until(lambda: handle.record().seen == "running")
     airflow.runs[RUN]["state"] = "success"
-    run = handle.get(timeout=10)
+    run = handle.get(timeout=60)
 
     assert (run.state, run.created, run.result) == ("success", True, None)
     assert airflow.posts[RUN] == 1
@@ -82,7 +82,7 @@ def test_what_a_task_returned_is_the_result(relay, airflow, worker, waits, parke
 
     end(airflow, waits, handle)
 
-    assert handle.get(timeout=10).result == {"rows": [1, 2.5, None, "ü"]}
+    assert handle.get(timeout=60).result == {"rows": [1, 2.5, None, "ü"]}
     assert handle.record().run["result"] == {"rows": [1, 2.5, None, "ü"]}
 
 
@@ -95,7 +95,7 @@ def test_a_large_result_is_in_the_result_and_not_in_the_record_that_is_kept_for_
 
     end(airflow, waits, handle)
 
-    assert handle.get(timeout=10).result == "x" * 900_000
+    assert handle.get(timeout=60).result == "x" * 900_000
     assert handle.record().run["dag_run_id"] == RUN[1]
     assert handle.record().run["result"] is None
 
@@ -115,7 +115,7 @@ def test_a_result_that_cannot_be_is_told_by_the_name_of_the_argument(returned, t
         airflow.returned[*RUN, "say"] = returned
 
     with pytest.raises(RequestRejected, match=told):
-        relay.enqueue(request(result_from="say")).get(timeout=10)
+        relay.enqueue(request(result_from="say")).get(timeout=60)
 
 
 def test_an_airflow_that_is_away_when_the_run_has_ended_is_no_failure(relay, airflow, worker, waits, parked):
@@ -128,7 +128,7 @@ def test_an_airflow_that_is_away_when_the_run_has_ended_is_no_failure(relay, air
     until(lambda: handle.record().attempts > 0)
     airflow.silent = False
 
-    assert handle.get(timeout=20).result == 42
+    assert handle.get(timeout=60).result == 42
 
 
 def test_what_expires_before_it_begins_does_not_expire_while_it_waits(relay, airflow, worker, waits, parked):
@@ -138,7 +138,7 @@ def test_what_expires_before_it_begins_does_not_expire_while_it_waits(relay, air
 
     end(airflow, waits, handle)
 
-    assert handle.get(timeout=10).state == "success"
+    assert handle.get(timeout=60).state == "success"
 
 
 def test_a_failed_run_is_told_with_its_link(relay, airflow, worker, waits, parked):
@@ -148,7 +148,7 @@ def test_a_failed_run_is_told_with_its_link(relay, airflow, worker, waits, parke
     end(airflow, waits, handle, "failed")
 
     with pytest.raises(DagRunFailed, match=r"relay__k1.*failed") as told:
-        handle.get(timeout=10)
+        handle.get(timeout=60)
     assert told.value.url == f"{airflow.url}/dags/daily_sales/runs/relay__k1"
     assert handle.record().run["dag_run_id"] == "relay__k1"
 
@@ -160,7 +160,7 @@ def test_a_deleted_run_is_told(relay, airflow, worker, parked):
     del airflow.runs[RUN]
 
     with pytest.raises(DagRunGone, match="does not exist any more"):
-        handle.get(timeout=10)
+        handle.get(timeout=60)
 
 
 def test_a_run_that_was_cleared_is_waited_for_again_until_the_same_deadline(
@@ -176,7 +176,7 @@ def test_a_run_that_was_cleared_is_waited_for_again_until_the_same_deadline(
     assert not waits.observations(handle.id)
     assert "had ended, and is queued again" in [words for _, words in waits.history(handle.id)]
     end(airflow, waits, handle)
-    assert handle.get(timeout=10).state == "success"
+    assert handle.get(timeout=60).state == "success"
 
 
 @pytest.mark.parametrize("stop_run", [False, True])
@@ -184,7 +184,7 @@ def test_the_deadline_ends_the_waiting_and_the_run_only_where_asked(stop_run, re
     handle = relay.enqueue(request(wait_timeout_s=0.5, stop_run=stop_run))
 
     with pytest.raises(DagRunOverdue, match="set to failed" if stop_run else "it goes on") as told:
-        handle.get(timeout=10)
+        handle.get(timeout=60)
     assert told.value.after_s == 0.5
     assert told.value.stopped is stop_run
     assert airflow.runs[RUN]["state"] == ("failed" if stop_run else "queued")
@@ -195,7 +195,7 @@ def test_a_run_that_somebody_else_made_is_not_stopped_by_one_who_joined_it(relay
     handle = relay.enqueue(request(wait_timeout_s=0.5, stop_run=True))
 
     with pytest.raises(DagRunOverdue, match="it goes on"):
-        handle.get(timeout=10)
+        handle.get(timeout=60)
     assert airflow.runs[RUN]["state"] == "running"
 
 
@@ -205,7 +205,7 @@ def test_an_end_at_the_deadline_counts(relay, airflow, worker, waits, parked):
     parked(handle)
     airflow.runs[RUN]["state"] = "success"
 
-    assert handle.get(timeout=10).state == "success"
+    assert handle.get(timeout=60).state == "success"
 
 
 @pytest.mark.parametrize("stop_run", [False, True])
@@ -220,12 +220,12 @@ def test_a_cancel_ends_the_waiting_and_the_run_only_where_asked(
     waits.cancel(handle.id, "test")
 
     with pytest.raises(RequestCancelled):
-        handle.get(timeout=10)
+        handle.get(timeout=60)
     if stop_run:
         until(lambda: airflow.runs[RUN]["state"] == "failed")
     # By then a stop that nobody had asked for would be there too.
     end(airflow, waits, other, run=("daily_sales", "relay__k2"))
-    other.get(timeout=10)
+    other.get(timeout=60)
     assert airflow.runs[RUN]["state"] == ("failed" if stop_run else "queued")
     assert waits.size() == 0
 
@@ -236,7 +236,7 @@ def test_a_stop_waits_for_an_airflow_that_is_away(relay, airflow, worker, waits,
     airflow.silent = True
     waits.cancel(handle.id, "test")
     with pytest.raises(RequestCancelled):
-        handle.get(timeout=10)
+        handle.get(timeout=60)
 
     airflow.silent = False
 
@@ -251,7 +251,7 @@ def test_a_stop_that_comes_late_leaves_a_run_alone_that_another_request_has_clea
     airflow.silent = True
     waits.cancel(first.id, "test")
     with pytest.raises(RequestCancelled):
-        first.get(timeout=10)
+        first.get(timeout=60)
     clears = "dagrelay clear=another was=2026-11-30T00:00:00+00:00"
     airflow.runs[RUN] |= {"state": "running", "note": f"{clears}\n{airflow.runs[RUN]['note']}"}
 
@@ -263,10 +263,10 @@ def test_a_stop_that_comes_late_leaves_a_run_alone_that_another_request_has_clea
 
 def test_a_run_of_somebody_else_that_has_ended_ends_it_at_once(relay, airflow, worker):
     airflow.make(*RUN, state="success", note="made by hand")
-    assert relay.enqueue(request()).get(timeout=10).created is False
+    assert relay.enqueue(request()).get(timeout=60).created is False
     airflow.make("daily_sales", "relay__k2", state="failed")
     with pytest.raises(DagRunFailed):
-        relay.enqueue(request("k2")).get(timeout=10)
+        relay.enqueue(request("k2")).get(timeout=60)
     assert not airflow.lists
 
 
@@ -277,7 +277,7 @@ def test_a_run_of_somebody_else_that_goes_on_is_waited_for(relay, airflow, worke
 
     end(airflow, waits, handle)
 
-    assert (run := handle.get(timeout=10)).created is False
+    assert (run := handle.get(timeout=60)).created is False
     assert run.state == "success"
 
 
@@ -295,9 +295,9 @@ def test_a_run_that_a_batch_has_made_is_waited_for_and_not_made_again(relay, air
     plain = stock.send_task("tasks.trigger_dag", kwargs=kwargs, queue="triggers")
     waiting = stock.send_task("tasks.trigger_dag", kwargs=kwargs | {"wait": True}, queue="triggers")
 
-    assert relay.handle(plain.id).get(timeout=10).state == "queued"
+    assert relay.handle(plain.id).get(timeout=60).state == "queued"
     airflow.runs[RUN]["state"] = "success"
-    assert relay.handle(waiting.id).get(timeout=10).state == "success"
+    assert relay.handle(waiting.id).get(timeout=60).state == "success"
     assert not airflow.posts
 
 
@@ -312,7 +312,7 @@ def test_a_worker_killed_while_runs_are_waited_for_loses_none(relay, airflow, st
     first.kill()
     start_worker(name="w2")
 
-    assert {handle.get(timeout=30).state for handle in handles} == {"success"}
+    assert {handle.get(timeout=60).state for handle in handles} == {"success"}
     assert max(airflow.posts.values()) == 1
 
 
@@ -329,7 +329,7 @@ def test_what_follows_in_a_chain_gets_the_run_when_it_has_ended(
 
     end(airflow, waits, handle)
 
-    assert relay.handle(sent.id).get(timeout=10).dag_id == "report"
+    assert relay.handle(sent.id).get(timeout=60).dag_id == "report"
     conf = airflow.runs["report", "relay__k1"]["conf"]
     assert (conf["dag_run_id"], conf["state"]) == ("relay__k1", "success")
 
@@ -346,4 +346,4 @@ def test_refused_credentials_end_no_waiting(relay, airflow, start_worker, waits,
 
     airflow.refuse_credentials = airflow.refuse_token = False
 
-    assert handle.get(timeout=20).state == "success"
+    assert handle.get(timeout=60).state == "success"

@@ -332,7 +332,7 @@ def test_a_wake_reaches_the_task_that_waits(
             )
             until(lambda: (found := handle.record()) is not None and found.waits_for)
             assert gateway.post("render", standard(body), body).json() == {"woken": 1, "repeated": False}
-            assert handle.get(timeout=10).result == 42
+            assert handle.get(timeout=60).result == 42
             assert gateway.post("render", standard(body), body).json() == {"woken": 0, "repeated": True}
             assert not service.looks
 

@@ -34,14 +34,14 @@ CLOCK = Path(__file__).with_name("clock")
 LEASE_S = behaviour_app.LEASE_S
 BACK_S = LEASE_S + max(1.0, LEASE_S / 6)
 """How long a dead worker's messages may take to come back: the lease, and the interval of the look for it."""
-BUSY_S = 8.0
+BUSY_S = 20.0
 """What a busy machine may add to anything."""
 AT_ONCE = 3 if "PYTEST_XDIST_WORKER" in os.environ else 7
 """How many scenarios run at once; fewer where other processes run tests as well."""
 STOCK, OURS = "kombu.transport.redis:Transport", "tasks.redis_transport:Transport"
 
 
-def until(true: Callable[[], Any], timeout_s: float = 20.0, what: str = "") -> Any:
+def until(true: Callable[[], Any], timeout_s: float = 60.0, what: str = "") -> Any:
     """Wait until something is true; return it. Fails the test when the time is over."""
     deadline = time.monotonic() + timeout_s
     while not (found := true()):

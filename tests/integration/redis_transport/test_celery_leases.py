@@ -52,7 +52,7 @@ def test_connections_cut_under_running_tasks_repeat_none(place: Place, pool: str
         world.redis.client_kill_filter(_type="normal", skipme=True)
         world.redis.client_kill_filter(_type="pubsub", skipme=True)
         time.sleep(0.7)
-    until(lambda: first <= set(world.marks("ended")), 40)
+    until(lambda: first <= set(world.marks("ended")), 60)
     after = {f"{queue}-after" for queue in QUEUES}
     for queue in QUEUES:
         world.send("note", f"{queue}-after", queue=queue)
@@ -160,7 +160,7 @@ def test_a_stock_worker_of_little_patience_leaves_our_tasks_alone(place: Place) 
     until(lambda: sum(world.held().values()) == 4)
     its_own = world.send("note", "stock", 4.0, queue="stock")
 
-    until(lambda: set("abcd") <= set(world.marks("ended")), 40)
+    until(lambda: set("abcd") <= set(world.marks("ended")), 60)
     time.sleep(BACK_S)
     ours = [entry["mark"] for entry in world.notes("began") if entry["id"] != its_own.id]
     assert sorted(ours) == list("abcd")

@@ -61,12 +61,12 @@ def end(world: World, pool: str, way: str) -> Ended:
     first.send(number)
     try:
         if way != "long soft":  # in which the worker itself goes on with what it holds
-            until(lambda: world.length() >= 4, timeout_s=30)
+            until(lambda: world.length() >= 4, timeout_s=60)
         found.back_after_s = time.monotonic() - signalled_at
         second = world.worker("second", pool="threads", c=2, wait=False)
         found.code = first.wait(30)
         second.wait_ready()
-        until(lambda: set(world.marks("ended")) == set("abcdef"), timeout_s=30)
+        until(lambda: set(world.marks("ended")) == set("abcdef"), timeout_s=60)
         # What runs a second time would begin within the lease.
         time.sleep(behaviour.BACK_S)
         second.stop()
