@@ -37,7 +37,7 @@ from producers.stores.records import Records
 from producers.stores.waits import Waits
 
 from . import logs, metrics, tracing, waiting
-from .event_batches import EventBatches, tell
+from .event_batches import EventBatches, RelayEvents, tell
 from .redis_transport import Channel, Why
 from .redis_transport import worker as redis_transport_worker
 from .results import NotHandedOver, RecordedBackend
@@ -214,7 +214,7 @@ def _make_app() -> Celery[Any]:
             print(  # noqa: T201 - there is no log yet
                 f"dagrelay: CELERY_{name} is not followed, DAGRELAY_REDIS_URL is", file=sys.stderr
             )
-    made = Celery("dagrelay", task_cls=RelayTask, set_as_current=True)
+    made = Celery("dagrelay", task_cls=RelayTask, events=RelayEvents, set_as_current=True)
     made.config_from_object("celeryconfig")
     redis_transport_worker.install(made)
     Channel.park_waiting = staticmethod(waiting.park)

@@ -151,6 +151,21 @@ def test_a_worker_that_waits_for_redis_lives_and_is_not_ready(start, health, val
     until(lambda: health("--ready")[0] == 0, "ready again", timeout_s=60)
 
 
+def test_a_worker_whose_celery_heartbeat_is_the_first_to_meet_a_redis_that_is_gone_lives(
+    start, health, valkey, tmp_path
+):
+    """Celery has its event loop publish that heartbeat for as long as it takes."""
+    start("w1", "-I", "tests.integration.slow_loop", SLOW_LOOP=str(tmp_path))
+    until(lambda: health("--ready")[0] == 0, "ready")
+    (tmp_path / "asked").touch()
+    until((tmp_path / "begun").exists, "standing still")
+    valkey.stop()
+    (tmp_path / "asked").unlink()
+    until(lambda: "connecting" in health("--live")[1]["words"], "connecting")
+    valkey.start()
+    until(lambda: health("--ready")[0] == 0, "ready again")
+
+
 def test_a_worker_whose_tasks_still_run_while_it_ends_lives(start, health, relay, airflow, tmp_path):
     airflow.fault = lambda number, dag_id, run_id: "late"
     airflow.late_s = 0.9
