@@ -228,15 +228,20 @@ def test_after_a_lost_answer_the_place_is_kept_for_the_next_attempt(door):
 
 
 def test_what_airflow_said_is_believed_for_a_while(door):
-    door.say(RUNS)
-    door.later(FRESH_S - 0.5)
-    assert door.enter("a", 2).verdict == "ask"  # it is old enough to be asked for again
-    assert door.enter("b", 2).verdict == "pass"  # and new enough to be believed
+    for turn in range(50):
+        door.say(RUNS)
+        door.later(FRESH_S - 0.5)
+        began = door.now()
+        told = [door.enter(f"{name}{turn}", 200).verdict for name in "ab"]
+        if door.now() - began < 0.4:  # else this machine was too busy for it to be new
+            break
+        door.later(ASKING_S)
+    assert told == ["ask", "pass"]  # old enough to be asked for again, and new enough to be believed
     door.later(1)
 
-    assert door.enter("c", 2).verdict == "turn"
+    assert door.enter("c", 200).verdict == "turn"
     door.later(ASKING_S)
-    assert door.enter("c", 2).verdict == "ask"  # who asked was killed
+    assert door.enter("c", 200).verdict == "ask"  # who asked was killed
 
 
 def test_a_repeat_is_known_by_its_run(door):
@@ -326,8 +331,8 @@ def test_what_is_wrong_with_a_dag_is_met_by_those_who_wait(door):
 
 
 def test_many_are_called_a_few_at_a_time(door):
-    door.say(PAUSED)
     for number in range(CALLED_AT_ONCE + 20):
+        door.say(PAUSED)
         door.wait(f"t{number}", None, "hold")
 
     door.say(RUNS)
