@@ -97,7 +97,6 @@ def relay(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RelayClien
         yield RelayClient(ProducerSettings(redis_url=valkey.url, client_name="tests@here"))
 
 
-@pytest.mark.timeout(180)
 def test_each_job_ends_by_the_answer_to_it(relay: RelayClient):
     handles = {
         film: relay.enqueue(

@@ -147,9 +147,6 @@ class Rig:
         assert status == 200, (status, found)
 
 
-pytestmark = pytest.mark.timeout(600)  # the first that ends waits for most of the others
-
-
 def _unrepr(text: str) -> Any:
     return eval(text, {}) if text[:1] in "[{('\"" or text == "None" else text  # noqa: S307
 

@@ -214,7 +214,7 @@ class Fuzz:
         return self.whole(envelope, body)
 
 
-@pytest.mark.timeout(120 + MESSAGES / 100)
+@pytest.mark.timeout(600 + MESSAGES / 100)
 def test_no_message_stops_a_worker_and_each_is_accounted_for(
     either: Valkey, nursery: Nursery, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
