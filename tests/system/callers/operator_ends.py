@@ -84,6 +84,9 @@ class Ended:
         return {"dag_id": "child", "dag_run_id": "r"}
 
 
+ASKED: list[Any] = []
+
+
 async def event(*, refused: bool) -> list[Any]:
     """Return the event of a trigger whose XComs are taken or refused by their store, and those it wrote."""
     written = []
@@ -94,6 +97,7 @@ async def event(*, refused: bool) -> list[Any]:
         written.append([given["key"], given["task_id"], given["map_index"]])
 
     XCom.set = store
+    triggers._states_3 = lambda *about: ASKED.append(about) or ["deferred"]
     triggers.waiter_for = lambda _: Ended()
     trigger = triggers.RelayTrigger("r", end_from_trigger=True)
     trigger.task_instance = SimpleNamespace(dag_id="d", task_id="t", run_id="r", map_index=3)
@@ -202,6 +206,7 @@ said = {
     "in_triggerer": in_triggerer(),
     "taken": asyncio.run(event(refused=False)),
     "refused": asyncio.run(event(refused=True)),
+    "asked": ASKED,
     "flower_url": DagrelayHook().target.flower_url,
     "cancelled": [cancelled(cancel_on_kill=one) for one in (True, False)],
 }
