@@ -24,6 +24,9 @@ with DAG("relay_large", schedule=None, catchup=False) as relay_large:
         task_id="start", trigger_dag_id="digest", wait_for_completion=True, pre_execute=make_large
     )
 
+with DAG("first_job", schedule=None, catchup=False) as first_job:
+    ExternalJobOperator(task_id="job", service="bench", path="/jobs/first", interval_s=2, max_interval_s=2)
+
 with DAG("jobs", schedule=None, catchup=False, max_active_tasks=2000) as jobs:
     ExternalJobOperator.partial(
         task_id="job", service="bench", path="/jobs/{job_id}", interval_s=2, max_interval_s=2
