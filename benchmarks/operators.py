@@ -6,9 +6,9 @@ second, the shortest that it may. Then a conf of 10 MB, from parent to child. Al
 Airflow's database.
 
 With `--jobs`: so many tasks (500) wait for external jobs on one triggerer. What it takes beyond an idle one
-in connections to Redis and in memory, and how long after a request has ended its task goes on. The idle one
-has answered a trigger: at the first question Airflow sets up an API of 110 MB in it, whoever asks.
-`memory_more_unused_mb` is beyond one that was never used.
+in connections to Redis and in memory, and how long after a request has ended its task goes on.
+`memory_more_used_mb` is beyond one that has answered a trigger: at the first question Airflow sets up an API
+of 110 MB in it, whoever asks.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def many_jobs(parts: Parts, count: int) -> dict[str, Any]:
         parts.service.jobs[f"job-{number}"] = {"id": f"job-{number}", "state": "running"}
     triggerer = parts.airflow.processes["triggerer"].pid
     time.sleep(5)
-    unused_bytes, idle_connections = memory_of(triggerer), connections_of(triggerer, parts.valkey.port)
+    idle_bytes, idle_connections = memory_of(triggerer), connections_of(triggerer, parts.valkey.port)
     parts.service.jobs["first"] = {"id": "first", "state": "running"}
     start(parts, "first_job", "first")
     first = "SELECT count(*) FROM task_instance WHERE dag_id = 'first_job' AND state = 'deferred'"
@@ -193,7 +193,7 @@ def many_jobs(parts: Parts, count: int) -> dict[str, Any]:
             raise RuntimeError("the first task does not wait")
         time.sleep(0.5)
     time.sleep(15)
-    idle_bytes = memory_of(triggerer)
+    used_bytes = memory_of(triggerer)
     start(parts, "jobs", "all")
     waiting = "SELECT count(*) FROM task_instance WHERE dag_id = 'jobs' AND state = 'deferred'"
     deadline = time.monotonic() + 5 * count
@@ -225,7 +225,7 @@ def many_jobs(parts: Parts, count: int) -> dict[str, Any]:
         "jobs": count,
         "connections_more": full_connections - idle_connections,
         "memory_more_mb": round((full_bytes - idle_bytes) / 1e6, 1),
-        "memory_more_unused_mb": round((full_bytes - unused_bytes) / 1e6, 1),
+        "memory_more_used_mb": round((full_bytes - used_bytes) / 1e6, 1),
         "outcome_to_end_median_s": round(statistics.median(late), 2),
         "outcome_to_end_p95_s": round(p95(late), 2),
     }

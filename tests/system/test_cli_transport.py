@@ -38,11 +38,14 @@ def test_a_request_becomes_a_run_by_the_command_alone_and_is_waited_for(airflow,
         {"dag_id": "strict", "key": "cli-wrong", "conf": {"day": "s3cr3t-canary"}},
         {"dag_id": "quiet", "key": "cli-dated", **at},
     )
-    other, taken = outcomes(stack, asked | {"conf": {"n": 2}}, {"dag_id": "quiet", "key": "cli-taken", **at})
+    again, other, taken = outcomes(
+        stack, asked, asked | {"conf": {"n": 2}}, {"dag_id": "quiet", "key": "cli-taken", **at}
+    )
     made = first["run"]
 
     assert (made["created"], made["state"], made["url"]) == (True, "success", None)
     assert airflow.returned("echo", "relay__by-cli", "say")["conf"] == CONF
+    assert (again["run"]["created"], again["run"]["dag_run_id"]) == (False, "relay__by-cli")
     assert other["error"] == "RunConflict"
     assert f"version={airflow.environment.release}" in worker.text()
     assert str(CONF["text"]) not in worker.text()

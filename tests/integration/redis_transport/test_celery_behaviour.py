@@ -381,7 +381,7 @@ def test_over_tls_all_of_it_works_and_nothing_waits_for_a_timer(place: Place) ->
             plain.send("note", f"idle-{number}")
             until(lambda number=number: plain.notes("began", f"idle-{number}"))
             took.append(plain.notes("began", f"idle-{number}")[0]["at"] - sent_at)
-        assert min(took) < 0.5, took
+        assert sorted(took)[2] < 0.5, took
         for number in range(100):
             plain.send("note", number)
         due = time.time() + 1
