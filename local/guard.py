@@ -27,6 +27,7 @@ import sys
 import time
 
 PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_CHILD_SUBREAPER, PR_CAP_AMBIENT = 1, 8, 36, 47
+PR_SET_SECUREBITS, NO_SETUID_FIXUP = 28, 1 << 2
 CAP_DAC_OVERRIDE = 1
 PARENT_CHECK_S = 0.5
 LINUX = sys.platform == "linux"
@@ -45,12 +46,16 @@ def drop_root(user: str) -> None:
     os.setgroups([])
     os.setgid(entry.pw_gid)
     libc.prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0)
+    # Else access(), by which initdb looks for `postgres` beside itself, takes no notice of that right.
+    libc.prctl(PR_SET_SECUREBITS, NO_SETUID_FIXUP, 0, 0, 0)
     os.setuid(entry.pw_uid)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
     bit = 1 << CAP_DAC_OVERRIDE
     data = (ctypes.c_uint32 * 6)(bit, bit, bit, 0, 0, 0)  # effective, permitted, inheritable
     if libc.capset(header, data) == 0:
         libc.prctl(PR_CAP_AMBIENT, 2, CAP_DAC_OVERRIDE, 0, 0)  # 2: raise
+    elif libc.capset(header, (ctypes.c_uint32 * 6)()) != 0:  # what the fix-up would have taken away
+        raise OSError(ctypes.get_errno(), "the rights of root could not be given up")
 
 
 def start(argv: list[str], user: str) -> tuple[int, str]:

@@ -153,6 +153,18 @@ def test_a_command_that_is_not_there_is_said_by_name(tmp_path):
         Process(["no-such-command"], log=tmp_path / "log")
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives its processes to somebody else")
+def test_what_root_gives_to_another_user_finds_its_way_through_private_folders(tmp_path):
+    """As initdb looks for `postgres`: by access(), which heeds kept capabilities only where it is told to."""
+    (tmp_path / "private").mkdir(mode=0o700)
+    (tmp_path / "private" / "file").touch()
+    said = "import os, sys; print(os.getuid() != 0, os.access(sys.argv[1], os.R_OK))"
+    argv = ["/usr/bin/env", "python3", "-c", said, tmp_path / "private" / "file"]
+    process = Process(argv, log=tmp_path / "log", user="nobody")
+    assert process.wait(30) == 0, (tmp_path / "log").read_text()
+    assert (tmp_path / "log").read_text().split() == ["True", "True"]
+
+
 def test_a_failure_is_told_by_what_this_start_has_said_and_not_by_what_one_before_did(tmp_path):
     log = tmp_path / "log"
     for word in ("before", "now"):
