@@ -299,7 +299,7 @@ def _come_back(
         raise DagRunOverdue(run.dag_id, run.dag_run_id, request.wait_timeout_s, run.url, True)
     run = replace(run, state=view.state)
     if left_s <= 0 and run.state not in ENDED:
-        _end_overdue(task, request, run, airflow)
+        _end_overdue(task, request, run, airflow, note=view.note)
     if run.state not in ENDED and any(one and one.get("state") in ENDED for one in seen):
         waits().learn(task.request.id, f"had ended, and is {run.state} again")
     return _when_ended(task, request, run, turn, airflow, read=len(seen), since=since)
@@ -322,13 +322,16 @@ def is_ours(run: Mapping[str, Any]) -> bool:
     return bool(run.get("created") or run.get("cleared"))
 
 
-def _end_overdue(task: Any, request: TriggerRequest, run: DagRun, airflow: Airflow | None) -> NoReturn:
-    """Raise DagRunOverdue, after the run was stopped if the request says so and the run is its own.
+def _end_overdue(
+    task: Any, request: TriggerRequest, run: DagRun, airflow: Airflow | None, note: str | None = None
+) -> NoReturn:
+    """Raise DagRunOverdue, after the run was stopped if the request says so and the run is (still) its own.
 
     Without an Airflow that was just asked for the run's state, it is stopped later, unless it has ended.
     """
     stopped = False
-    if request.stop_run and is_ours(run.to_message()):
+    ours = is_ours(run.to_message()) and not cleared_by_another(note, task.request.id)
+    if request.stop_run and ours:
         waits().learn(task.request.id, "overdue: the run is set to failed", progress=STOPPING)
         if airflow is None:
             stop_later(task.request.id, run.dag_id, run.dag_run_id, request.connection, known_ours=True)
@@ -366,9 +369,8 @@ def stop_run(
             view = airflow.get_dag_run(dag_id, dag_run_id)
             if view is None or view.state in ENDED or not (known_ours or names(view.note, task_id)):
                 return
-            mark = _CLEARED.search(view.note or "")
-            if mark is not None and mark.group(1) != task_id:
-                log.info("run left alone task_id=%s: %s has cleared it since", task_id, mark.group(1))
+            if cleared_by_another(view.note, task_id):
+                log.info("run left alone, another has cleared it since task_id=%s", task_id)
                 return
             airflow.fail_dag_run(dag_id, dag_run_id)
         log.info("run stopped task_id=%s dag_id=%s run_id=%s", task_id, dag_id, dag_run_id)
@@ -545,6 +547,12 @@ def note_for(request: TriggerRequest, task_id: str, asked: Asked, trace: Trace |
 def names(note: str | None, task_id: str) -> bool:
     """Tell whether a run's note says that this task made it."""
     return task_id in _OURS.findall((note or "").partition("\n\n")[0])
+
+
+def cleared_by_another(note: str | None, task_id: str) -> bool:
+    """Tell whether a run's note says that another task has cleared it, after this one made or cleared it."""
+    mark = _CLEARED.search(note or "")
+    return mark is not None and mark.group(1) != task_id
 
 
 def difference_of(request: TriggerRequest, existing: RunView) -> str:

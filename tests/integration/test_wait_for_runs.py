@@ -17,6 +17,7 @@ from producers.errors import (
     RequestRejected,
 )
 from producers.stores.waits import Waits
+from tests.fake_airflow import FakeAirflow
 from tests.integration.test_trigger import until
 
 RUN = ("daily_sales", "relay__k1")
@@ -24,6 +25,13 @@ RUN = ("daily_sales", "relay__k1")
 
 def request(key: str = "k1", **given: Any) -> TriggerRequest:
     return TriggerRequest("daily_sales", key=key, wait=True, **given)
+
+
+def clear(airflow: FakeAirflow) -> None:
+    """Have the run be cleared by another request, and run again."""
+    run = airflow.runs[RUN]
+    note = f"dagrelay clear=another was=2026-11-30T00:00:00+00:00\n{run['note']}"
+    airflow.runs[RUN] = run | {"state": "running", "note": note}
 
 
 @pytest.fixture
@@ -190,6 +198,18 @@ def test_the_deadline_ends_the_waiting_and_the_run_only_where_asked(stop_run, re
     assert airflow.runs[RUN]["state"] == ("failed" if stop_run else "queued")
 
 
+def test_a_run_that_another_request_has_cleared_is_not_stopped_at_the_deadline_of_the_first(
+    relay, airflow, worker, parked
+):
+    handle = relay.enqueue(request(wait_timeout_s=3, stop_run=True))
+    parked(handle)
+    clear(airflow)
+
+    with pytest.raises(DagRunOverdue, match="it goes on"):
+        handle.get(timeout=60)
+    assert airflow.runs[RUN]["state"] == "running"
+
+
 def test_a_run_that_somebody_else_made_is_not_stopped_by_one_who_joined_it(relay, airflow, worker):
     airflow.make(*RUN, state="running")
     handle = relay.enqueue(request(wait_timeout_s=0.5, stop_run=True))
@@ -230,35 +250,26 @@ def test_a_cancel_ends_the_waiting_and_the_run_only_where_asked(
     assert waits.size() == 0
 
 
-def test_a_stop_waits_for_an_airflow_that_is_away(relay, airflow, worker, waits, parked):
+@pytest.mark.parametrize("cleared", [False, True])
+def test_a_stop_waits_for_an_airflow_that_is_away_and_leaves_alone_what_another_request_has_cleared(
+    cleared, relay, airflow, worker, waits, parked
+):
     handle = relay.enqueue(request(stop_run=True))
     parked(handle)
     airflow.silent = True
     waits.cancel(handle.id, "test")
     with pytest.raises(RequestCancelled):
         handle.get(timeout=60)
+    if cleared:
+        clear(airflow)
 
     airflow.silent = False
 
-    until(lambda: airflow.runs[RUN]["state"] == "failed")
-
-
-def test_a_stop_that_comes_late_leaves_a_run_alone_that_another_request_has_cleared(
-    relay, airflow, worker, waits, parked
-):
-    first = relay.enqueue(request(stop_run=True))
-    parked(first)
-    airflow.silent = True
-    waits.cancel(first.id, "test")
-    with pytest.raises(RequestCancelled):
-        first.get(timeout=60)
-    clears = "dagrelay clear=another was=2026-11-30T00:00:00+00:00"
-    airflow.runs[RUN] |= {"state": "running", "note": f"{clears}\n{airflow.runs[RUN]['note']}"}
-
-    airflow.silent = False
-
-    until(lambda: f"run left alone task_id={first.id}: another has cleared it since" in worker.text())
-    assert airflow.runs[RUN]["state"] == "running"
+    if cleared:
+        until(lambda: f"another has cleared it since task_id={handle.id}" in worker.text())
+    else:
+        until(lambda: airflow.runs[RUN]["state"] == "failed")
+    assert airflow.runs[RUN]["state"] == ("running" if cleared else "failed")
 
 
 def test_a_run_of_somebody_else_that_has_ended_ends_it_at_once(relay, airflow, worker):
