@@ -544,7 +544,7 @@ def test_a_frozen_service_takes_a_quarter_of_the_threads_and_no_more(valkey, tmp
     """Its submissions wait in Redis; those to others, and looks, have threads."""
     with FakeService() as frozen, FakeService() as well:
         frozen.fault = lambda number, body: "hang"
-        frozen.hang_s = 1.2
+        frozen.hang_s = 1.9
         env = {"DAGRELAY_SERVICE_FROZEN": frozen.variable, "DAGRELAY_SERVICE_WELL": well.variable}
         relay = RelayClient(ProducerSettings(redis_url=valkey.url, client_name="tests@here"))
 
@@ -554,12 +554,12 @@ def test_a_frozen_service_takes_a_quarter_of_the_threads_and_no_more(valkey, tmp
             )
 
         with Worker(valkey.url, tmp_path, options=("-c", "8"), **env):
-            stuck = relay.enqueue_many([job("frozen")] * 16)
+            stuck = relay.enqueue_many([job("frozen")] * 8)
             until(lambda: len(frozen.posts) >= 2)
             handle = relay.enqueue(job("well"))
             until(lambda: well.jobs)
             well.end("job-1")
             assert handle.get(timeout=60).state == "succeeded"
-            assert len(frozen.posts) < 16  # two at a time
+            assert len(frozen.posts) <= 6  # two at a time
             until(lambda: all(each.record().job_id for each in stuck), timeout_s=60)
-        assert len(frozen.jobs) == 16
+        assert len(frozen.jobs) == 8
