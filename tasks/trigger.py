@@ -11,7 +11,7 @@ import json
 import random
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -71,6 +71,9 @@ log = get_logger("dagrelay.trigger")
 
 MISSING_RETRY_S = 5.0
 
+STOP_RETRY_S = 0.5
+"""How soon a request looks again that found its run being stopped for another."""
+
 TRUSTED_S = 5.0
 """How long what a look has seen may be taken for true."""
 
@@ -82,6 +85,10 @@ STOPPING = "stopping"
 
 _OURS = re.compile(r"^dagrelay task=(\S+)", re.MULTILINE)  # a clear puts its own line before it
 _CLEARED = re.compile(r"^dagrelay clear=(\S+) was=(\S*)", re.MULTILINE)
+
+
+class BeingStopped(Exception):
+    """The run is about to be set to failed, for another request that was cancelled or is overdue."""
 
 
 class Airflow(Protocol):
@@ -162,15 +169,19 @@ def trigger_dag(self: Any, *before: Any, **message: Any) -> dict[str, Any]:
                 return _come_back(self, request, found, turn, airflow)
             if made is not None:
                 return _when_ended(self, request, made, turn, airflow)
+            ways: dict[str, Any] = {
+                "task_id": task_id,
+                "airflow": airflow,
+                "unsure": unsure,
+                "stopping": waits().being_stopped,
+            }
             run = hand_over(
                 self,
                 request,
                 turn,
                 airflow,
-                start=partial(
-                    start_run, request, task_id=task_id, asked=asked, airflow=airflow, unsure=unsure
-                ),
-                look=partial(there_already, request, task_id=task_id, airflow=airflow, unsure=unsure),
+                start=partial(start_run, request, asked=asked, **ways),
+                look=partial(there_already, request, **ways),
             )
     except Busy as exc:
         raise _without_thread(self, turn, exc) from exc
@@ -182,6 +193,10 @@ def trigger_dag(self: Any, *before: Any, **message: Any) -> dict[str, Any]:
     except CredentialsRefused as exc:
         records().attempt_failed(task_id, str(exc))
         raise turn.parked("credentials", exc) from exc
+    except BeingStopped as exc:
+        if records().attempt_failed(task_id, str(exc)).age_s >= request.give_up_after_s:
+            raise GaveUp(request.give_up_after_s, str(exc)) from exc
+        raise _retry(self, exc, STOP_RETRY_S) from exc
     except (DagNotFound, DagBroken) as exc:
         so_far = records().attempt_failed(task_id, str(exc), missing=True)
         if so_far.missing_s >= settings().missing_grace_s or so_far.age_s >= request.give_up_after_s:
@@ -259,7 +274,8 @@ def _when_ended(
         read=read,
         look=f"airflow:{request.connection}",
         look_in_s=next_look_in_s(now),
-        found={"run": json.dumps(known), "seen": run.state},
+        # What the deadline counts from; the script, which else says so, takes it a moment later.
+        found={"run": json.dumps(known), "seen": run.state, "waiting_since": f"{since or now:.6f}"},
     )
     show(task, run.state)
     raise parked
@@ -362,24 +378,31 @@ def stop_run(
     request has cleared since is that one's. `until` is in seconds since 1970.
     """
     known = settings().connections.get(connection)
-    if known is None:
-        return
+    about = f"task_id={task_id} dag_id={dag_id} run_id={dag_run_id}"
     try:
-        with thread_turn(known) as airflow:
-            view = airflow.get_dag_run(dag_id, dag_run_id)
-            if view is None or view.state in ENDED or not (known_ours or names(view.note, task_id)):
-                return
-            if cleared_by_another(view.note, task_id):
-                log.info("run left alone, another has cleared it since task_id=%s", task_id)
-                return
-            airflow.fail_dag_run(dag_id, dag_run_id)
-        log.info("run stopped task_id=%s dag_id=%s run_id=%s", task_id, dag_id, dag_run_id)
+        if known is not None:
+            with thread_turn(known) as airflow:
+                log.info("%s %s", _stop(airflow, task_id, dag_id, dag_run_id, known_ours), about)
     except RequestRejected as exc:
-        log.warning("run not stopped task_id=%s dag_id=%s run_id=%s: %s", task_id, dag_id, dag_run_id, exc)
+        log.warning("run not stopped %s: %s", about, exc)
     except (AirflowUnavailable, CredentialsRefused, NoTurn) as exc:
         if datetime.now(UTC).timestamp() < until:
             raise self.retry(countdown=_backoff_of(self.request.retries + 1, exc), exc=exc) from exc
-        log.warning("run not stopped task_id=%s dag_id=%s run_id=%s: %s", task_id, dag_id, dag_run_id, exc)
+        log.warning("run not stopped %s: %s", about, exc)
+    waits().stop_is_over(task_id)
+
+
+def _stop(airflow: Airflow, task_id: str, dag_id: str, dag_run_id: str, known_ours: bool) -> str:
+    """Set a run to failed, where that is for this request to do; return in words what was done."""
+    view = airflow.get_dag_run(dag_id, dag_run_id)
+    if view is None or view.state in ENDED:
+        return "run has ended, nothing to stop"
+    if not (known_ours or names(view.note, task_id)):
+        return "run left alone, it is somebody else's"
+    if cleared_by_another(view.note, task_id):
+        return "run left alone, another has cleared it since"
+    airflow.fail_dag_run(dag_id, dag_run_id)
+    return "run stopped"
 
 
 @app.task(name=SETTLE_OUTCOME, bind=True, ignore_result=True)
@@ -410,11 +433,18 @@ def settle_outcome(
 
 
 def start_run(
-    request: TriggerRequest, *, task_id: str, asked: Asked, airflow: Airflow, unsure: bool = False
+    request: TriggerRequest,
+    *,
+    task_id: str,
+    asked: Asked,
+    airflow: Airflow,
+    unsure: bool = False,
+    stopping: Callable[[str], bool] | None = None,
 ) -> DagRun:
     """Bring the run about and return it; called again for the same request, it is the same run.
 
-    `unsure`: an earlier attempt may have made it.
+    `unsure`: an earlier attempt may have made it. `stopping` tells whether the run of another request is to
+    be stopped (see `clear_once`).
 
     Raises what `AirflowClient.create_dag_run` raises, and RunConflict, RunExists or LogicalDateTaken. No
     permanent verdict without a look at the run id: Airflow checks the DAG, its import errors and its
@@ -427,7 +457,9 @@ def start_run(
     except DagRunExists:
         existing = airflow.get_dag_run(request.dag_id, run_id)
         if existing is not None:
-            return settle_existing(request, existing, task_id=task_id, airflow=airflow, unsure=unsure)
+            return settle_existing(
+                request, existing, task_id=task_id, airflow=airflow, unsure=unsure, stopping=stopping
+            )
         if request.logical_date is not None:
             holder = airflow.find_run_by_logical_date(request.dag_id, request.logical_date)
             if holder is not None and holder != run_id:
@@ -437,12 +469,19 @@ def start_run(
         existing = airflow.get_dag_run(request.dag_id, run_id)
         if existing is None:
             raise
-        return settle_existing(request, existing, task_id=task_id, airflow=airflow, unsure=unsure)
+        return settle_existing(
+            request, existing, task_id=task_id, airflow=airflow, unsure=unsure, stopping=stopping
+        )
     return as_dag_run(view, airflow.connection, created=True)
 
 
 def there_already(
-    request: TriggerRequest, *, task_id: str, airflow: Airflow, unsure: bool = False
+    request: TriggerRequest,
+    *,
+    task_id: str,
+    airflow: Airflow,
+    unsure: bool = False,
+    stopping: Callable[[str], bool] | None = None,
 ) -> DagRun | None:
     """Return the run of a request that is held back, if there is one: what `start_run` would find.
 
@@ -453,11 +492,19 @@ def there_already(
         return None
     if request.if_exists == "clear" and existing.state in ENDED and not names(existing.note, task_id):
         return None
-    return settle_existing(request, existing, task_id=task_id, airflow=airflow, unsure=unsure)
+    return settle_existing(
+        request, existing, task_id=task_id, airflow=airflow, unsure=unsure, stopping=stopping
+    )
 
 
 def settle_existing(
-    request: TriggerRequest, existing: RunView, *, task_id: str, airflow: Airflow, unsure: bool = False
+    request: TriggerRequest,
+    existing: RunView,
+    *,
+    task_id: str,
+    airflow: Airflow,
+    unsure: bool = False,
+    stopping: Callable[[str], bool] | None = None,
 ) -> DagRun:
     """Decide about a run that has our run id: our own earlier attempt, or somebody else's run.
 
@@ -477,7 +524,7 @@ def settle_existing(
     if request.if_exists == "fail":
         raise RunExists(request.dag_id, existing.run_id, existing.state)
     if request.if_exists == "clear":
-        return clear_once(existing, task_id=task_id, airflow=airflow)
+        return clear_once(existing, task_id=task_id, airflow=airflow, stopping=stopping)
     return as_dag_run(existing, airflow.connection, created=False)
 
 
@@ -504,8 +551,17 @@ def end_of(request: TriggerRequest, run: DagRun, airflow: Airflow) -> DagRun:
     return replace(run, result=value)
 
 
-def clear_once(existing: RunView, *, task_id: str, airflow: Airflow) -> DagRun:
+def clear_once(
+    existing: RunView,
+    *,
+    task_id: str,
+    airflow: Airflow,
+    stopping: Callable[[str], bool] | None = None,
+) -> DagRun:
     """Clear a finished run so that it runs again, once for this request; leave an unfinished one alone.
+
+    Raises BeingStopped for one that is to be stopped, as `stopping` tells by the request that its note names:
+    who joined it would be told that it failed, and a moment later it can be cleared.
 
     Airflow has no key for a clear. So the run's note first says that this request clears it, and which
     start it saw: found again with another start, or unfinished, the clear has been done.
@@ -514,6 +570,9 @@ def clear_once(existing: RunView, *, task_id: str, airflow: Airflow) -> DagRun:
     mark = _CLEARED.search(existing.note or "")
     mine = mark is not None and mark.group(1) == task_id
     if existing.state not in ("success", "failed"):
+        owner = owner_in(existing.note)
+        if stopping is not None and not mine and owner is not None and stopping(owner):
+            raise BeingStopped(f"run {existing.run_id!r} is being stopped, for request {owner}")
         return as_dag_run(existing, airflow.connection, created=False, cleared=mine)
     if mark is not None and mine and mark.group(2) != start:
         return as_dag_run(existing, airflow.connection, created=False, cleared=True)
@@ -553,6 +612,13 @@ def cleared_by_another(note: str | None, task_id: str) -> bool:
     """Tell whether a run's note says that another task has cleared it, after this one made or cleared it."""
     mark = _CLEARED.search(note or "")
     return mark is not None and mark.group(1) != task_id
+
+
+def owner_in(note: str | None) -> str | None:
+    """Return the task that has made a run, or cleared it since, by the run's note; None for none."""
+    cleared = _CLEARED.search(note or "")
+    made = _OURS.findall((note or "").partition("\n\n")[0])
+    return cleared.group(1) if cleared else made[0] if made else None
 
 
 def difference_of(request: TriggerRequest, existing: RunView) -> str:
@@ -643,7 +709,15 @@ def _give_up(
     raise OutcomeUnknown(request.dag_id, run_id, reason)
 
 
-_NOT_SETTLED = (AirflowUnavailable, CredentialsRefused, RequestRejected, NoTurn, Busy, ConfKeyMissing)
+_NOT_SETTLED = (
+    AirflowUnavailable,
+    BeingStopped,
+    CredentialsRefused,
+    RequestRejected,
+    NoTurn,
+    Busy,
+    ConfKeyMissing,
+)
 
 
 def look_up_later(task_id: str, dag_id: str, run_id: str, connection: str) -> None:
@@ -654,7 +728,11 @@ def look_up_later(task_id: str, dag_id: str, run_id: str, connection: str) -> No
 
 
 def stop_later(task_id: str, dag_id: str, run_id: str, connection: str, *, known_ours: bool) -> None:
-    """Publish the task that sets a run to failed after the request has ended. Raises NotHandedOver."""
+    """Publish the task that sets a run to failed after the request has ended. Raises NotHandedOver.
+
+    The record says so first: who wants that run again waits until it is done.
+    """
+    waits().learn(task_id, stopping=f"{_looked_up_until():.3f}")
     _publish_later(
         stop_run,
         "stop",
@@ -667,8 +745,12 @@ def stop_later(task_id: str, dag_id: str, run_id: str, connection: str, *, known
     )
 
 
+def _looked_up_until() -> float:
+    return datetime.now(UTC).timestamp() + settings().look_up_for_s
+
+
 def _publish_later(task: Any, what: str, countdown: float, **kwargs: Any) -> None:
-    kwargs["until"] = datetime.now(UTC).timestamp() + settings().look_up_for_s
+    kwargs["until"] = _looked_up_until()
     try:
         task.apply_async(kwargs=kwargs, queue=QUEUE_LOOKS, countdown=countdown or None)
     except Exception as exc:

@@ -46,7 +46,8 @@ class FakeAirflow:
     often one was unpaused, which `may_unpause` allows. `tasks` maps (dag id, run id, task id, map index) to
     task instances, `mapped` has the (dag id, task id) of mapped tasks, `patches` the bodies of all changes of
     task instances, with which instance; `on_patch` is asked for a fault before each. `most_unfinished` is
-    the most runs of one of `dags` that were ever queued or running together.
+    the most runs of one of `dags` that were ever queued or running together. While `stops` is not set, a
+    change of a run's state waits for it, for up to a minute.
     """
 
     username, password, token = "admin", "adminpw", "a-token"
@@ -88,6 +89,8 @@ class FakeAirflow:
         self.cleared: Counter[tuple[str, str]] = Counter()
         self.in_flight = self.most_in_flight = 0
         self.delay_s = 0.0
+        self.stops = threading.Event()
+        self.stops.set()
         self._number = 0
 
     @property
@@ -303,6 +306,8 @@ class _Handler(BaseHTTPRequestHandler):
                     self._reply(404, {"detail": words})
                     return
                 if method == "PATCH":
+                    if "state" in body:
+                        airflow.stops.wait(60)
                     run |= body
                 elif method == "DELETE":
                     del airflow.runs[dag_id, run_id]

@@ -22,6 +22,11 @@ UNKNOWN_FOR_S: Final = 30.0
 CANCEL_WITHIN_S: Final = 25.0
 """How long Redis may be away when a request is to be cancelled. Airflow 3.3 grants 30 s."""
 
+RESUMED_AFTER_S: Final = 3.0
+"""How long after it began a trigger has a worker resume its task, at the soonest. Until the scheduler has
+read the end of the process that deferred the task, it takes that for the end of the resumed one, and fails
+it."""
+
 _asked = False
 """Whether a trigger of this process has asked Airflow for something."""
 
@@ -69,7 +74,7 @@ class RelayTrigger(BaseTrigger):  # type: ignore[misc]
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Wait for the end of the request."""
-        waiter = None
+        waiter, began = None, time.monotonic()
         try:
             target = await DagrelayHook(self.relay_conn_id).atarget()
             waiter = waiter_for(target.settings)
@@ -81,6 +86,8 @@ class RelayTrigger(BaseTrigger):  # type: ignore[misc]
                 xcoms = self.xcoms(outcome) if outcome is not None else None
                 if xcoms is not None:
                     xcoms = {} if await self._pushed(xcoms) else None
+            if xcoms is None:
+                await asyncio.sleep(RESUMED_AFTER_S - (time.monotonic() - began))
         except asyncio.CancelledError:
             # Airflow 3.3 calls on_kill itself. Where the loop ends, it is the triggerer that stops.
             if not hasattr(BaseTrigger, "on_kill") and not (waiter is not None and waiter.stops):

@@ -23,6 +23,7 @@ job_id          worker       the id of the external job; reference is our name f
 submitting_at   worker       when its submission was first tried
 submitted_at    worker       when its id was known
 cancel_by       both         who asked to cancel it
+stopping        worker       until when its run may yet be set to failed, after its end; else there is none
 missing_since   worker       since when Airflow says that the DAG is missing or broken
 held_s          worker       seconds spent waiting for a held connection
 held_at         worker       in line: for how long its connection had been held by then (see `lines`)

@@ -58,6 +58,10 @@ def looks_key(group: str) -> str:
     return f"dagrelay:looks:{group}"
 
 
+CANCEL_DONE_S: Final = 60.0
+"""How long a cancel may take until nobody counts on it any more: its worker may have gone for good."""
+
+
 def seen_key(task_id: str) -> str:
     """Return the list of what a task has not read yet."""
     return f"dagrelay:seen:{task_id}"
@@ -580,6 +584,26 @@ class Waits:
 
         pairs = [text for pair in fields.items() for text in pair]
         return bool(LEARN.run(self._client, (record_key(task_id),), (task_id, words, *pairs)))
+
+    def being_stopped(self, task_id: str) -> bool:
+        """Tell whether the run of a request is about to be stopped, or may be: its cancel is not done yet."""
+        from .records import record_key
+
+        with self._client.pipeline(transaction=False) as pipe:
+            pipe.time()
+            pipe.hmget(record_key(task_id), "state", "stopping")
+            pipe.zscore(CANCELLED, task_id)
+            (seconds, _), (state, until), asked_at = pipe.execute()
+        if until is not None and float(until) > seconds:
+            return True
+        ended = state is None or _text(state) in ("done", "failed", "cancelled")
+        return not ended and asked_at is not None and asked_at > seconds - CANCEL_DONE_S
+
+    def stop_is_over(self, task_id: str) -> None:
+        """Note that the run of a request has been stopped, or will not be."""
+        from .records import record_key
+
+        self._client.hdel(record_key(task_id), "stopping")
 
     def claim_looks(
         self, group: str, *, lease_s: float, most: int, facts: Sequence[str], whole: bool = True

@@ -13,6 +13,7 @@ from producers.errors import (
     DagRunFailed,
     DagRunGone,
     DagRunOverdue,
+    GaveUp,
     RequestCancelled,
     RequestRejected,
 )
@@ -180,7 +181,7 @@ def test_a_run_that_was_cleared_is_waited_for_again_until_the_same_deadline(
     waits.wake([handle.id], {"state": "success"}, "test")  # and it was cleared before the task could ask
     second = until(lambda: (found := waits.get(handle.id)) and found.epoch > first.epoch and found)
 
-    assert second.due_at == pytest.approx(first.due_at, abs=0.01)
+    assert second.due_at == pytest.approx(first.due_at, abs=1e-5)
     assert not waits.observations(handle.id)
     assert "had ended, and is queued again" in [words for _, words in waits.history(handle.id)]
     end(airflow, waits, handle)
@@ -270,6 +271,67 @@ def test_a_stop_waits_for_an_airflow_that_is_away_and_leaves_alone_what_another_
     else:
         until(lambda: airflow.runs[RUN]["state"] == "failed")
     assert airflow.runs[RUN]["state"] == ("running" if cleared else "failed")
+
+
+def again(**given: Any) -> TriggerRequest:
+    """The request of one who wants the run of the first to run again."""
+    return request(if_exists="clear", **given)
+
+
+def test_a_run_that_is_being_stopped_runs_again_for_the_next_who_does_not_join_it_before(
+    relay, airflow, worker, waits, parked
+):
+    first = relay.enqueue(request(stop_run=True))
+    parked(first)
+    airflow.stops.clear()
+    waits.cancel(first.id, "test")
+    second = relay.enqueue(again())
+
+    words = f"is being stopped, for request {first.id}"
+    until(lambda: words in (second.record().reason or ""))
+    assert airflow.runs[RUN]["state"] == "queued"
+    airflow.stops.set()
+
+    assert until(lambda: second.record().run)["cleared"] is True
+    assert airflow.cleared[RUN] == 1
+    end(airflow, waits, second)
+    assert second.get(timeout=60).state == "success"
+    assert not waits.being_stopped(first.id)
+
+
+@pytest.mark.parametrize("stop_run", [False, True])
+def test_who_was_cancelled_and_leaves_its_run_alone_holds_nobody_up(
+    stop_run, relay, airflow, worker, waits, parked
+):
+    first = relay.enqueue(request(stop_run=stop_run))
+    parked(first)
+    if stop_run:
+        clear(airflow)
+    waits.cancel(first.id, "test")
+    with pytest.raises(RequestCancelled):
+        first.get(timeout=60)
+    until(lambda: not waits.being_stopped(first.id))
+
+    second = relay.enqueue(again())
+    assert until(lambda: second.record().run)["cleared"] is False
+    end(airflow, waits, second)
+    assert second.get(timeout=60).state == "success"
+
+
+def test_a_stop_that_never_comes_is_not_waited_for_for_ever(relay, airflow, worker, waits):
+    airflow.make(*RUN, state="running", note="dagrelay task=gone at=2026-11-30T00:00:00+00:00")
+    waits.learn("gone", stopping=f"{time.time() + 3:.3f}")
+    second = relay.enqueue(again(give_up_after_s=60))
+    until(lambda: "is being stopped" in (second.record().reason or ""))
+    assert until(lambda: second.record().run)["cleared"] is False
+
+
+def test_who_finds_a_run_being_stopped_may_give_up(relay, airflow, worker, waits):
+    airflow.make(*RUN, state="running", note="dagrelay task=gone at=2026-11-30T00:00:00+00:00")
+    waits.learn("gone", stopping=f"{time.time() + 3600:.3f}")
+
+    with pytest.raises(GaveUp, match="is being stopped, for request gone"):
+        relay.enqueue(again(give_up_after_s=1)).get(timeout=60)
 
 
 def test_a_run_of_somebody_else_that_has_ended_ends_it_at_once(relay, airflow, worker):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-import time
+from itertools import pairwise
 
 import requests
 
@@ -47,12 +47,12 @@ def test_tokens_that_expire_or_lose_their_signature_are_renewed_unseen(stack, ai
 def test_refused_credentials_hold_the_connection_until_the_worker_has_better_ones(stack, airflow):
     proxy = stack.proxy()
     good, bad = (proxy.conn_uri(airflow.username, word) for word in (airflow.password, "canary-wrong-pw"))
-    worker = stack.start_worker(bad, DAGRELAY_HOLD_PROBE_S="4")
+    worker = stack.start_worker(bad, DAGRELAY_HOLD_PROBE_S="3")
     before = airflow.run_ids("quiet")
     ids = stack.hand_over(*({"dag_id": "quiet", "key": f"held-{n}"} for n in range(3)))
     until(lambda: all(stack.record(one).get("state") == "waiting" for one in ids), "all waiting")
-    # What was in flight has come back, and a first probe has found the same.
-    held = until(lambda: hold_of(stack), "held, with nothing in flight, and not to be probed for a while")
+    # What was in flight has come back: from here on there is nothing but probes.
+    held = until(lambda: hold_of(stack), "held, with nothing in flight")
     asked = len(proxy.calls)
     assert held["held_reason"]
     assert any("held" in line and "ERROR" in line for line in worker.text().splitlines())
@@ -62,8 +62,11 @@ def test_refused_credentials_hold_the_connection_until_the_worker_has_better_one
 
     ids += stack.hand_over({"dag_id": "quiet", "key": "held-3"})
     until(lambda: stack.record(ids[-1]).get("state") == "waiting", "waiting as well")
-    # Nobody asked that Airflow anything until it was time to find out.
-    assert not [call.path for call in proxy.calls[asked:] if call.at < float(held["probe_at"])]
+    # Nobody asks that Airflow anything until it is time to find out, and then one does.
+    until(lambda: len(proxy.calls) >= asked + 3, "probed again")
+    probes = [call.at for call in proxy.calls[asked:]]
+    assert all(later - one >= 3 for one, later in pairwise(probes)), probes
+    assert len(proxy.made()) <= 3
     for text in (worker.text(), json.dumps(status), json.dumps(held)):
         assert "canary" not in text
 
@@ -93,13 +96,10 @@ def test_a_password_mended_in_airflow_ends_the_hold_by_itself(stack, airflow):
 
 
 def hold_of(stack):
-    """What is known of a held connection, once it is some time until the next probe; else nothing.
-
-    A probe puts off the next one before it asks: so what is in flight is looked for afterwards.
-    """
+    """What is known of a held connection, once nobody has a slot of it any more; else nothing."""
     found = stack.redis.hgetall("dagrelay:airflow:default")
-    waits = found.get("held") == "credentials" and float(found["probe_at"]) > time.time() + 1
-    return found if waits and not stack.redis.exists("dagrelay:slots:default") else None
+    held = found.get("held") == "credentials"
+    return found if held and not stack.redis.exists("dagrelay:slots:default") else None
 
 
 def answer_to(airflow, authorization):

@@ -6,6 +6,7 @@ All parents of `operator_dags/dag_run_parents.py` are started at once; each test
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from local.airflow import Airflow
 from local.valkey import Valkey
 from tests.system.stack import QUICK, until
 from tests.worker import Worker
+
+tell = logging.getLogger(__name__)
 
 DAGS = Path(__file__).with_name("operator_dags")
 COMPONENTS = {
@@ -60,7 +63,25 @@ class Rig:
         )
 
     def ended(self, name: str, run_id: str = "r") -> str:
-        return str(self.airflow.wait_for_run(f"parent_{name}", run_id, 300)["state"])
+        """How a parent has ended. Where it failed, the test's log has what is known of it."""
+        state = str(self.airflow.wait_for_run(f"parent_{name}", run_id, 300)["state"])
+        if state == "failed" and name != "mapped":
+            self._tell_of(name, run_id)
+        return state
+
+    def _tell_of(self, name: str, run_id: str) -> None:
+        task = self.task(name, run_id)
+        tell.warning("%s", task)
+        for number in range(1, task["try_number"] + 1):
+            tell.warning("try %d: %s", number, self.log(name, number, run_id))
+        for line in self.airflow.log_of("scheduler").read_text(errors="replace").splitlines():
+            if f"parent_{name}." in line and "finished with state" in line:
+                tell.warning("scheduler: %s", line)
+        path = f"{self._path(name, run_id, 'go')}/xcomEntries/trigger_run_id"
+        status, child = self.airflow.api("GET", path)
+        for line in self.worker.text().splitlines() if status == 200 else ():
+            if child["value"] in line:
+                tell.warning("worker: %s", line)
 
     def _path(self, name: str, run_id: str, task_id: str) -> str:
         return f"/dags/parent_{name}/dagRuns/{run_id}/taskInstances/{task_id}"
@@ -461,15 +482,20 @@ def test_a_cleared_task_that_stops_its_child_has_it_run_again(rig: Rig) -> None:
     child = rig.xcom("cleared_and_stopped", "trigger_run_id")
     first = rig.xcom("cleared_and_stopped", "dagrelay_request_id")
     rig.clear("cleared_and_stopped")
-    until(lambda: _other(rig, "cleared_and_stopped", first), "another request", 120)
+    second = until(lambda: _other(rig, "cleared_and_stopped", first), "another request", 120)
+    # It did not join the run that was just being stopped.
+    until(lambda: f"run cleared task_id={second} " in rig.worker.text(), "cleared", 60)
     rig.file("cleared_and_stopped").touch()
     assert rig.ended("cleared_and_stopped") == "success"
     assert rig.xcom("cleared_and_stopped", "trigger_run_id") == child
 
 
-def _other(rig: Rig, name: str, request_id: str) -> bool:
-    task = rig.task(name)
-    return task["state"] == "deferred" and rig.xcom(name, "dagrelay_request_id") != request_id
+def _other(rig: Rig, name: str, request_id: str) -> str | None:
+    """Return the request with which a task waits anew, once it does."""
+    if rig.task(name)["state"] != "deferred":
+        return None
+    found = str(rig.xcom(name, "dagrelay_request_id"))
+    return found if found != request_id else None
 
 
 def test_a_task_cleared_after_its_success_has_the_same_child_run_again(rig: Rig) -> None:

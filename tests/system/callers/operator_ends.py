@@ -88,8 +88,12 @@ ASKED: list[Any] = []
 
 
 async def event(*, refused: bool) -> list[Any]:
-    """Return the event of a trigger whose XComs are taken or refused by their store, and those it wrote."""
-    written = []
+    """Return the event of a trigger whose XComs are taken or refused by their store, those it wrote, and
+    whether it has waited until a worker can take it."""
+    written, waited = [], []
+
+    async def sleep(delay_s: float) -> None:
+        waited.append(0 < delay_s <= triggers.RESUMED_AFTER_S)
 
     def store(**given: Any) -> None:
         if refused:
@@ -99,10 +103,11 @@ async def event(*, refused: bool) -> list[Any]:
     XCom.set = store
     triggers._states_3 = lambda *about: ASKED.append(about) or ["deferred"]
     triggers.waiter_for = lambda _: Ended()
+    triggers.asyncio = SimpleNamespace(**{**vars(asyncio), "sleep": sleep})
     trigger = triggers.RelayTrigger("r", end_from_trigger=True)
     trigger.task_instance = SimpleNamespace(dag_id="d", task_id="t", run_id="r", map_index=3)
     (found,) = [one async for one in trigger.run()]
-    return [type(found).__name__, getattr(found, "xcoms", None) or {}, written]
+    return [type(found).__name__, getattr(found, "xcoms", None) or {}, written, waited]
 
 
 def cancelled(*, cancel_on_kill: bool) -> list[str]:
