@@ -43,6 +43,11 @@ except ImportError:
     )
 
 try:  # 3.2
+    from airflow.sdk.configuration import conf
+except ImportError:
+    from airflow.configuration import conf
+
+try:  # 3.2
     from airflow.sdk.listener import get_listener_manager
 except ImportError:
     from airflow.listeners.listener import get_listener_manager
@@ -63,6 +68,7 @@ __all__ = [
     "BaseOperator",
     "BaseOperatorLink",
     "BaseSensorOperator",
+    "conf",
     "get_listener_manager",
     "mask_secret",
     "parse_datetime",

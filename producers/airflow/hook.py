@@ -28,7 +28,7 @@ from weakref import WeakKeyDictionary
 
 from ..errors import ConfigurationError
 from ..settings import CONF_KEY, CONF_LIMIT, ProducerSettings, read_settings
-from .compat import AIRFLOW_3, AirflowNotFoundException, BaseHook, mask_secret
+from .compat import AIRFLOW_3, AirflowNotFoundException, BaseHook, conf, mask_secret
 from .provider import form_behaviour, form_widgets
 
 if TYPE_CHECKING:
@@ -215,9 +215,4 @@ def _text(value: Any) -> str:
 
 def default_airflow_name() -> str:
     """Return the address of this Airflow, as its configuration has it: what tells it from others."""
-    try:  # 3.2
-        from airflow.sdk.configuration import conf
-    except ImportError:
-        from airflow.configuration import conf
-
     return str(conf.get("api" if AIRFLOW_3 else "webserver", "base_url", fallback=""))

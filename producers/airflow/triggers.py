@@ -12,7 +12,7 @@ from asgiref.sync import sync_to_async  # type: ignore[import-not-found]  # Airf
 
 from ..errors import BrokerUnavailable
 from ..stores.standing import Standing
-from .compat import AIRFLOW_3
+from .compat import AIRFLOW_3, conf
 from .hook import DEFAULT_CONN_ID, DagrelayHook, RelayTarget, client_for
 from .waiter import Waiter, waiter_for
 
@@ -23,9 +23,8 @@ CANCEL_WITHIN_S: Final = 25.0
 """How long Redis may be away when a request is to be cancelled. Airflow 3.3 grants 30 s."""
 
 RESUMED_AFTER_S: Final = 3.0
-"""How long after it began a trigger has a worker resume its task, at the soonest. Until the scheduler has
-read the end of the process that deferred the task, it takes that for the end of the resumed one, and fails
-it."""
+"""How long after it began a trigger has a worker resume its task, at the soonest; in Airflow 3 after the time
+in which that notices the end of a process. See `_resumed_after_s`."""
 
 _asked = False
 """Whether a trigger of this process has asked Airflow for something."""
@@ -87,7 +86,7 @@ class RelayTrigger(BaseTrigger):  # type: ignore[misc]
                 if xcoms is not None:
                     xcoms = {} if await self._pushed(xcoms) else None
             if xcoms is None:
-                await asyncio.sleep(RESUMED_AFTER_S - (time.monotonic() - began))
+                await asyncio.sleep(_resumed_after_s() - (time.monotonic() - began))
         except asyncio.CancelledError:
             # Airflow 3.3 calls on_kill itself. Where the loop ends, it is the triggerer that stops.
             if not hasattr(BaseTrigger, "on_kill") and not (waiter is not None and waiter.stops):
@@ -112,20 +111,23 @@ class RelayTrigger(BaseTrigger):  # type: ignore[misc]
     async def _end(self, waiter: Waiter) -> str:
         """Return how the request has ended, once it has; the task's log tells meanwhile how it stands."""
         changes = waiter.changes(self.request_id)
-        told, patience_s = "", None
-        while True:
-            try:
-                standing = await asyncio.wait_for(anext(changes), patience_s)
-            except TimeoutError:
-                return "unknown"
-            if standing.ended:
-                await changes.aclose()
-                return standing.state
-            patience_s = None if standing.state else UNKNOWN_FOR_S
-            words = words_of(standing) if standing.state else "not on record yet"
-            if words != told:
-                told = words
-                self.log.info("request %s: %s", self.request_id, words)
+        told = ""
+        try:
+            standing = await anext(changes)
+            while not standing.ended:
+                words = words_of(standing) if standing.state else "not on record yet"
+                if words != told:
+                    told = words
+                    self.log.info("request %s: %s", self.request_id, words)
+                if standing.state:
+                    standing = await anext(changes)
+                else:
+                    standing = await asyncio.wait_for(anext(changes), UNKNOWN_FOR_S)
+        except TimeoutError:
+            return "unknown"
+        finally:
+            changes.close()
+        return standing.state
 
     async def _pushed(self, xcoms: dict[str, Any]) -> bool:
         """Write XComs as a task does, and tell whether that went well.
@@ -173,6 +175,19 @@ class RelayTrigger(BaseTrigger):  # type: ignore[misc]
             self.log.warning("cannot ask for the state of the task (%s: %s)", type(exc).__name__, exc)
             return False
         return "deferred" in states
+
+
+def _resumed_after_s() -> float:
+    """Return how long after it began a trigger may have a worker resume its task.
+
+    Until Airflow's scheduler has read the end of the process that deferred the task, it takes that for the
+    end of the one that resumes it, and fails the task. One in five ends it reads late: the supervisor of
+    Airflow 3 (3.3.2, `_monitor_subprocess`) sees the last pipe close, finds the process there still, for a
+    millisecond, and looks again after `[workers] min_heartbeat_interval`.
+    """
+    if not AIRFLOW_3:
+        return RESUMED_AFTER_S
+    return RESUMED_AFTER_S + float(conf.getfloat("workers", "min_heartbeat_interval", fallback=5.0))
 
 
 def _push(ti: Any, xcoms: dict[str, Any]) -> None:

@@ -13,15 +13,14 @@ import contextlib
 import json
 import logging
 import weakref
-from collections.abc import AsyncGenerator
 from typing import Any, Final
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.exceptions import NoScriptError, RedisError
 
 from ..settings import ProducerSettings
-from ..stores.records import RESULT_PREFIX
 from ..stores.standing import AT_ONCE, LOOK, Standing, changes_in, look_args
+from ..stores.states import RESULT_PREFIX
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ class Waiter:
         )
         self._redis = Redis(connection_pool=pool)
         self._known: dict[str, Standing | None] = {}
-        self._followers: dict[str, set[asyncio.Queue[Standing]]] = {}
+        self._followers: dict[str, list[Changes]] = {}
         self._looking: asyncio.Task[None] | None = None
         self._new = asyncio.Event()
 
@@ -61,30 +60,31 @@ class Waiter:
         """Whether its event loop is ending: then it is not one who waits that is cancelled, but all."""
         return self._looking is not None and (self._looking.cancelling() > 0 or self._looking.cancelled())
 
-    async def changes(self, request_id: str) -> AsyncGenerator[Standing, None]:
-        """Yield how a request stands: now, and whenever that changes; never ends by itself.
+    def changes(self, request_id: str) -> Changes:
+        """Return how a request stands: now, and whenever that changes; it never ends by itself.
 
         Of what changes several times between two looks the last is told. While Redis is away nothing is
         told, and what happened is afterwards.
         """
-        queue: asyncio.Queue[Standing] = asyncio.Queue()
-        self._followers.setdefault(request_id, set()).add(queue)
+        changes = Changes(self, request_id)
+        self._followers.setdefault(request_id, []).append(changes)
         known = self._known.get(request_id)
         if known is not None:
-            queue.put_nowait(known)
+            changes.tell(known)
         else:
             self._known[request_id] = None
             self._new.set()
         if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self._look_on(), name="dagrelay waiter")
-        try:
-            while True:
-                yield await queue.get()
-        finally:
-            followers = self._followers[request_id]
-            followers.discard(queue)
+        return changes
+
+    def leave(self, changes: Changes) -> None:
+        """Look for one no longer who has followed a request."""
+        followers = self._followers.get(changes.request_id, [])
+        if changes in followers:
+            followers.remove(changes)
             if not followers:
-                del self._followers[request_id], self._known[request_id]
+                del self._followers[changes.request_id], self._known[changes.request_id]
 
     async def outcome(self, request_id: str) -> Any:
         """Return what a request that ended well has ended in, as JSON values.
@@ -138,14 +138,53 @@ class Waiter:
                 if request_id not in self._known:
                     continue  # nobody waits for it any more
                 self._known[request_id] = standing
-                for queue in self._followers.get(request_id, ()):
-                    queue.put_nowait(standing)
+                for changes in self._followers.get(request_id, ()):
+                    changes.tell(standing)
 
     async def _run(self, args: list[str]) -> Any:
         try:
             return await self._redis.execute_command("EVALSHA", LOOK.sha, 0, *args)
         except NoScriptError:
             return await self._redis.execute_command("EVAL", LOOK.lua, 0, *args)
+
+
+class Changes:
+    """How one request stands, for one who follows it. A triggerer holds thousands of these: of a queue's size
+    each would take a quarter of all that a trigger takes."""
+
+    __slots__ = ("_told", "_waiter", "_woken", "request_id")
+
+    def __init__(self, waiter: Waiter, request_id: str) -> None:
+        self._waiter, self.request_id = waiter, request_id
+        self._told: Standing | None = None
+        self._woken: asyncio.Future[None] | None = None
+
+    def tell(self, standing: Standing) -> None:
+        """Say how it stands now."""
+        self._told = standing
+        if self._woken is not None and not self._woken.done():
+            self._woken.set_result(None)
+
+    def __aiter__(self) -> Changes:
+        return self
+
+    async def __anext__(self) -> Standing:
+        """Return how it stands, once that is not what was returned last. Who is cancelled here has left."""
+        try:
+            while self._told is None:
+                self._woken = asyncio.get_running_loop().create_future()
+                await self._woken
+        except asyncio.CancelledError:
+            self.close()
+            raise
+        finally:
+            self._woken = None
+        told, self._told = self._told, None
+        return told
+
+    def close(self) -> None:
+        """Follow it no longer."""
+        self._waiter.leave(self)
 
 
 _waiters: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Waiter]] = (

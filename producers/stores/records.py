@@ -52,13 +52,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 from ..errors import ConfGone
 from .claim_check import HOLDING, RELEASE, Packed, upload
 from .letters import LETTERS, Keeping
 from .notices import NOTICES
 from .script import Script as Script
+from .states import ENDED as ENDED
+from .states import RESULT_PREFIX as RESULT_PREFIX
+from .states import State as State
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -73,12 +76,6 @@ CONF_KEEP_S: Final = 30 * 86_400
 MOST_ATTEMPTS_TOLD: Final = 30
 MAX_TOLD: Final = 200
 """Of an attempt's reason, in characters: in an outage there is a history for everything that waits."""
-
-RESULT_PREFIX: Final = "celery-task-meta-"
-"""Celery's key for a result, and the channel on which it is published."""
-
-State = Literal["accepted", "waiting", "done", "failed", "cancelled"]
-ENDED: Final = ("done", "failed", "cancelled")
 
 
 # KEYS: per item its record and its queue. ARGV: per item the message, the delay in seconds, and six fields

@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from .records import ENDED, Script
+from .script import Script
+from .states import ENDED
 
 if TYPE_CHECKING:
     from redis import Redis

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
 from local.valkey import Valkey
-from producers.airflow.waiter import Waiter, waiter_for
+from producers.airflow.waiter import Changes, Waiter, waiter_for
 from producers.client import RelayClient, new_task_id
 from producers.contract import TriggerRequest
 from producers.settings import ProducerSettings
@@ -114,10 +114,10 @@ def waits(relay: RelayClient, work: Callable[[Waiter], Awaitable[Any]]) -> Any:
     return asyncio.run(run())
 
 
-async def end_of(changes: AsyncGenerator[Standing, None]) -> tuple[Standing, float]:
+async def end_of(changes: Changes) -> tuple[Standing, float]:
     async for standing in changes:
         if standing.ended:
-            await changes.aclose()
+            changes.close()
             return standing, time.monotonic()
     raise AssertionError
 
@@ -179,7 +179,7 @@ def test_a_request_that_ended_between_two_who_wait_is_heard_of(relay):
             assert (await end_of(waiter.changes(ended)))[0].state == "cancelled"
         nobody = waiter.changes("no-such-request")
         assert (await anext(nobody)).state == ""
-        await nobody.aclose()
+        nobody.close()
 
     waits(relay, work)
 

@@ -73,12 +73,18 @@ def in_triggerer() -> list[str]:
 
 
 class Ended:
-    """A waiter whose request has ended well."""
+    """A waiter whose request has ended well, and how that stands."""
 
     stops = False
 
-    async def changes(self, request_id: str) -> Any:
-        yield Standing("done", "", "", "", "", "", "")
+    def changes(self, request_id: str) -> Any:
+        return self
+
+    async def __anext__(self) -> Standing:
+        return Standing("done", "", "", "", "", "", "")
+
+    def close(self) -> None:
+        return None
 
     async def outcome(self, request_id: str) -> Any:
         return {"dag_id": "child", "dag_run_id": "r"}
@@ -93,7 +99,7 @@ async def event(*, refused: bool) -> list[Any]:
     written, waited = [], []
 
     async def sleep(delay_s: float) -> None:
-        waited.append(0 < delay_s <= triggers.RESUMED_AFTER_S)
+        waited.append(round(delay_s))
 
     def store(**given: Any) -> None:
         if refused:
