@@ -481,8 +481,9 @@ class TriggerRequest(_Request):
     if_exists
         What to do when a run with this run id exists already, made by somebody else, with an equal conf:
         ``reuse`` it (the default), ``fail`` with `RunExists`, ``clear`` it so that a finished run runs
-        again (one that is still queued or running is left alone), or ``skip``: ask no questions, even
-        if its conf differs. A run with another conf is a `RunConflict` for all but ``skip``.
+        again (one that is still queued or running is left alone; one that is about to be stopped for another
+        request is waited for), or ``skip``: ask no questions, even if its conf differs. A run with another
+        conf is a `RunConflict` for all but ``skip``.
     if_paused
         What to do while the DAG is paused: ``trigger`` all the same, as Airflow does (the default: the run is
         made, and sits queued until the DAG is unpaused), ``hold`` the request until then, ``fail`` with

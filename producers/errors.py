@@ -612,7 +612,7 @@ class DagRunOverdue(AirflowError):
 
 
 class GaveUp(AirflowError):
-    """`give_up_after_s` passed, and no run was made: no attempt can have reached Airflow."""
+    """`give_up_after_s` passed, and no run was made: no attempt has come to make one."""
 
     def __init__(self, after_s: float, reason: str) -> None:
         super().__init__(after_s, reason)

@@ -37,6 +37,7 @@ from producers.errors import (
     CredentialsRefused,
     DagBroken,
     DagNotFound,
+    DagrelayError,
     DagRunFailed,
     DagRunGone,
     DagRunOverdue,
@@ -72,7 +73,9 @@ log = get_logger("dagrelay.trigger")
 MISSING_RETRY_S = 5.0
 
 STOP_RETRY_S = 0.5
-"""How soon a request looks again that found its run being stopped for another."""
+STOP_RETRY_CAP_S = 5.0
+"""How soon a request looks again that found its run being stopped for another: a stop takes Airflow a moment,
+or, where a run has thousands of tasks, a minute."""
 
 TRUSTED_S = 5.0
 """How long what a look has seen may be taken for true."""
@@ -87,7 +90,7 @@ _OURS = re.compile(r"^dagrelay task=(\S+)", re.MULTILINE)  # a clear puts its ow
 _CLEARED = re.compile(r"^dagrelay clear=(\S+) was=(\S*)", re.MULTILINE)
 
 
-class BeingStopped(Exception):
+class BeingStopped(DagrelayError):
     """The run is about to be set to failed, for another request that was cancelled or is overdue."""
 
 
@@ -173,7 +176,7 @@ def trigger_dag(self: Any, *before: Any, **message: Any) -> dict[str, Any]:
                 "task_id": task_id,
                 "airflow": airflow,
                 "unsure": unsure,
-                "stopping": waits().being_stopped,
+                "being_stopped": waits().being_stopped,
             }
             run = hand_over(
                 self,
@@ -194,9 +197,11 @@ def trigger_dag(self: Any, *before: Any, **message: Any) -> dict[str, Any]:
         records().attempt_failed(task_id, str(exc))
         raise turn.parked("credentials", exc) from exc
     except BeingStopped as exc:
-        if records().attempt_failed(task_id, str(exc)).age_s >= request.give_up_after_s:
+        so_far = records().attempt_failed(task_id, str(exc))
+        if so_far.age_s >= request.give_up_after_s:
             raise GaveUp(request.give_up_after_s, str(exc)) from exc
-        raise _retry(self, exc, STOP_RETRY_S) from exc
+        pause_s = min(STOP_RETRY_CAP_S, STOP_RETRY_S * 1.5 ** min(so_far.count - 1, 10))
+        raise _retry(self, exc, pause_s * random.uniform(0.7, 1.3)) from exc  # noqa: S311
     except (DagNotFound, DagBroken) as exc:
         so_far = records().attempt_failed(task_id, str(exc), missing=True)
         if so_far.missing_s >= settings().missing_grace_s or so_far.age_s >= request.give_up_after_s:
@@ -348,13 +353,15 @@ def _end_overdue(
     stopped = False
     ours = is_ours(run.to_message()) and not cleared_by_another(note, task.request.id)
     if request.stop_run and ours:
-        waits().learn(task.request.id, "overdue: the run is set to failed", progress=STOPPING)
+        words, until = "overdue: the run is set to failed", _stop_is_over_at()
+        waits().learn(task.request.id, words, progress=STOPPING, stopping=until)
         if airflow is None:
             stop_later(task.request.id, run.dag_id, run.dag_run_id, request.connection, known_ours=True)
             raise DagRunOverdue(run.dag_id, run.dag_run_id, request.wait_timeout_s, run.url, False)
         try:
             airflow.fail_dag_run(run.dag_id, run.dag_run_id)
             stopped = True
+            waits().stop_is_over(task.request.id)
         except (AirflowUnavailable, CredentialsRefused, RequestRejected) as exc:
             log.warning("run not stopped yet dag_id=%s run_id=%s: %s", run.dag_id, run.dag_run_id, exc)
             stop_later(task.request.id, run.dag_id, run.dag_run_id, request.connection, known_ours=True)
@@ -439,12 +446,12 @@ def start_run(
     asked: Asked,
     airflow: Airflow,
     unsure: bool = False,
-    stopping: Callable[[str], bool] | None = None,
+    being_stopped: Callable[[str], bool] | None = None,
 ) -> DagRun:
     """Bring the run about and return it; called again for the same request, it is the same run.
 
-    `unsure`: an earlier attempt may have made it. `stopping` tells whether the run of another request is to
-    be stopped (see `clear_once`).
+    `unsure`: an earlier attempt may have made it. `being_stopped` tells whether the run of another request is
+    about to be stopped (see `clear_once`).
 
     Raises what `AirflowClient.create_dag_run` raises, and RunConflict, RunExists or LogicalDateTaken. No
     permanent verdict without a look at the run id: Airflow checks the DAG, its import errors and its
@@ -458,7 +465,12 @@ def start_run(
         existing = airflow.get_dag_run(request.dag_id, run_id)
         if existing is not None:
             return settle_existing(
-                request, existing, task_id=task_id, airflow=airflow, unsure=unsure, stopping=stopping
+                request,
+                existing,
+                task_id=task_id,
+                airflow=airflow,
+                unsure=unsure,
+                being_stopped=being_stopped,
             )
         if request.logical_date is not None:
             holder = airflow.find_run_by_logical_date(request.dag_id, request.logical_date)
@@ -470,7 +482,7 @@ def start_run(
         if existing is None:
             raise
         return settle_existing(
-            request, existing, task_id=task_id, airflow=airflow, unsure=unsure, stopping=stopping
+            request, existing, task_id=task_id, airflow=airflow, unsure=unsure, being_stopped=being_stopped
         )
     return as_dag_run(view, airflow.connection, created=True)
 
@@ -481,7 +493,7 @@ def there_already(
     task_id: str,
     airflow: Airflow,
     unsure: bool = False,
-    stopping: Callable[[str], bool] | None = None,
+    being_stopped: Callable[[str], bool] | None = None,
 ) -> DagRun | None:
     """Return the run of a request that is held back, if there is one: what `start_run` would find.
 
@@ -493,7 +505,7 @@ def there_already(
     if request.if_exists == "clear" and existing.state in ENDED and not names(existing.note, task_id):
         return None
     return settle_existing(
-        request, existing, task_id=task_id, airflow=airflow, unsure=unsure, stopping=stopping
+        request, existing, task_id=task_id, airflow=airflow, unsure=unsure, being_stopped=being_stopped
     )
 
 
@@ -504,7 +516,7 @@ def settle_existing(
     task_id: str,
     airflow: Airflow,
     unsure: bool = False,
-    stopping: Callable[[str], bool] | None = None,
+    being_stopped: Callable[[str], bool] | None = None,
 ) -> DagRun:
     """Decide about a run that has our run id: our own earlier attempt, or somebody else's run.
 
@@ -524,7 +536,7 @@ def settle_existing(
     if request.if_exists == "fail":
         raise RunExists(request.dag_id, existing.run_id, existing.state)
     if request.if_exists == "clear":
-        return clear_once(existing, task_id=task_id, airflow=airflow, stopping=stopping)
+        return clear_once(existing, task_id=task_id, airflow=airflow, being_stopped=being_stopped)
     return as_dag_run(existing, airflow.connection, created=False)
 
 
@@ -556,12 +568,12 @@ def clear_once(
     *,
     task_id: str,
     airflow: Airflow,
-    stopping: Callable[[str], bool] | None = None,
+    being_stopped: Callable[[str], bool] | None = None,
 ) -> DagRun:
     """Clear a finished run so that it runs again, once for this request; leave an unfinished one alone.
 
-    Raises BeingStopped for one that is to be stopped, as `stopping` tells by the request that its note names:
-    who joined it would be told that it failed, and a moment later it can be cleared.
+    Raises BeingStopped for one that is about to be stopped, as `being_stopped` tells of the request that its
+    note names: who joined it would be told that it failed, and a moment later it can be cleared.
 
     Airflow has no key for a clear. So the run's note first says that this request clears it, and which
     start it saw: found again with another start, or unfinished, the clear has been done.
@@ -571,9 +583,13 @@ def clear_once(
     mine = mark is not None and mark.group(1) == task_id
     if existing.state not in ("success", "failed"):
         owner = owner_in(existing.note)
-        if stopping is not None and not mine and owner is not None and stopping(owner):
+        if being_stopped is None or mine or owner is None:
+            return as_dag_run(existing, airflow.connection, created=False, cleared=mine)
+        if being_stopped(owner):
             raise BeingStopped(f"run {existing.run_id!r} is being stopped, for request {owner}")
-        return as_dag_run(existing, airflow.connection, created=False, cleared=mine)
+        # It may have been stopped since it was looked at, and nothing says so any more.
+        now = airflow.get_dag_run(existing.dag_id, existing.run_id) or existing
+        return clear_once(now, task_id=task_id, airflow=airflow)
     if mark is not None and mine and mark.group(2) != start:
         return as_dag_run(existing, airflow.connection, created=False, cleared=True)
     if not mine:
@@ -709,15 +725,7 @@ def _give_up(
     raise OutcomeUnknown(request.dag_id, run_id, reason)
 
 
-_NOT_SETTLED = (
-    AirflowUnavailable,
-    BeingStopped,
-    CredentialsRefused,
-    RequestRejected,
-    NoTurn,
-    Busy,
-    ConfKeyMissing,
-)
+_NOT_SETTLED = (AirflowUnavailable, CredentialsRefused, RequestRejected, NoTurn, Busy, ConfKeyMissing)
 
 
 def look_up_later(task_id: str, dag_id: str, run_id: str, connection: str) -> None:
@@ -732,7 +740,7 @@ def stop_later(task_id: str, dag_id: str, run_id: str, connection: str, *, known
 
     The record says so first: who wants that run again waits until it is done.
     """
-    waits().learn(task_id, stopping=f"{_looked_up_until():.3f}")
+    waits().learn(task_id, stopping=_stop_is_over_at())
     _publish_later(
         stop_run,
         "stop",
@@ -745,12 +753,16 @@ def stop_later(task_id: str, dag_id: str, run_id: str, connection: str, *, known
     )
 
 
-def _looked_up_until() -> float:
-    return datetime.now(UTC).timestamp() + settings().look_up_for_s
+def _stop_is_over_at() -> str:
+    """Return until when a stop that is asked for now may yet be done, by Redis' clock.
+
+    Whoever does it says so; this is for one that is lost. Its last attempt may come late.
+    """
+    return f"{redis_now() + settings().look_up_for_s + settings().retry_cap_s + 60:.3f}"
 
 
 def _publish_later(task: Any, what: str, countdown: float, **kwargs: Any) -> None:
-    kwargs["until"] = _looked_up_until()
+    kwargs["until"] = datetime.now(UTC).timestamp() + settings().look_up_for_s
     try:
         task.apply_async(kwargs=kwargs, queue=QUEUE_LOOKS, countdown=countdown or None)
     except Exception as exc:

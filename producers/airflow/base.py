@@ -165,6 +165,10 @@ class RelayOperator(BaseOperator):  # type: ignore[misc]
             return super().resume_execution(next_method, next_kwargs, context)
         self._link(target, request_id)
         if "timeout" in words.lower():
+            found = client.record(request_id)
+            if found is not None and found.ended:  # in time: an end at the deadline counts
+                with _told_to_airflow(self):
+                    return self._end(context, target, client, request_id)
             self.on_kill()
             return super().resume_execution(next_method, next_kwargs, context)
         trace = "\n".join((next_kwargs or {}).get("traceback") or ())

@@ -49,6 +49,10 @@ DUE: Final = "dagrelay:due"
 CANCELLED: Final = "dagrelay:cancelled"
 CANCELS: Final = "dagrelay:cancels"
 
+CANCEL_DONE_S: Final = 60.0
+"""How long one waits for the end of what was cancelled: longer than a worker waits for an Airflow's answer,
+and not for ever, where there is no worker."""
+
 READ_AT_ONCE: Final = 50
 """Parked messages that a listing reads in one step: each may be over a megabyte."""
 
@@ -56,10 +60,6 @@ READ_AT_ONCE: Final = 50
 def looks_key(group: str) -> str:
     """Return the sorted set of a group's looks: `service:<id>` or `airflow:<connection>`."""
     return f"dagrelay:looks:{group}"
-
-
-CANCEL_DONE_S: Final = 60.0
-"""How long a cancel may take until nobody counts on it any more: its worker may have gone for good."""
 
 
 def seen_key(task_id: str) -> str:
@@ -356,6 +356,21 @@ return known[1] or ''
 """
 )
 
+# KEYS: record, cancelled. ARGV: task id, for how many seconds a wish to cancel it counts. Whether its run is
+# about to be set to failed, or may be: it was cancelled, or its fan-out was, and it has not come to its end.
+BEING_STOPPED: Final = Script(
+    PARKING
+    + """
+local known = redis.call('HMGET', KEYS[1], 'state', 'stopping', 'fan_out')
+if known[2] and tonumber(known[2]) > now then return 1 end
+if not known[1] or ended(known[1]) then return 0 end
+local asked_at = redis.call('ZSCORE', KEYS[2], ARGV[1])
+if asked_at and tonumber(asked_at) > now - ARGV[2] then return 1 end
+local stopped = known[3] and redis.call('HGET', 'dagrelay:fan-out:' .. known[3], 'stopped')
+return stopped and string.find(stopped, 'asked by ', 1, true) == 1 and 1 or 0
+"""
+)
+
 # KEYS: record. ARGV: task id, words ('' for none), then pairs of fields; an empty value deletes. Nothing is
 # done where the request has ended. What the history has words for is told too. Returns whether it was done.
 LEARN: Final = Script(
@@ -589,15 +604,8 @@ class Waits:
         """Tell whether the run of a request is about to be stopped, or may be: its cancel is not done yet."""
         from .records import record_key
 
-        with self._client.pipeline(transaction=False) as pipe:
-            pipe.time()
-            pipe.hmget(record_key(task_id), "state", "stopping")
-            pipe.zscore(CANCELLED, task_id)
-            (seconds, _), (state, until), asked_at = pipe.execute()
-        if until is not None and float(until) > seconds:
-            return True
-        ended = state is None or _text(state) in ("done", "failed", "cancelled")
-        return not ended and asked_at is not None and asked_at > seconds - CANCEL_DONE_S
+        keys = (record_key(task_id), CANCELLED)
+        return bool(BEING_STOPPED.run(self._client, keys, (task_id, CANCEL_DONE_S)))
 
     def stop_is_over(self, task_id: str) -> None:
         """Note that the run of a request has been stopped, or will not be."""

@@ -621,6 +621,18 @@ def test_what_left_its_chunk_as_its_fan_out_was_cancelled_is_cancelled_all_the_s
     assert outside.record().cancel_by == "tests@here"
 
 
+def test_the_run_of_a_part_that_is_in_the_making_may_be_stopped_once_its_fan_out_is_cancelled(valkey, relay):
+    fan = fan_out(many(2), relay=relay)
+    made, other = (handle.id for handle in fan.handles)
+    assert not relay.waits.being_stopped(made)
+
+    fan.cancel()
+    store(relay.redis, other, result="{}", result_ttl_s=60, state="done", found={})
+
+    assert relay.waits.being_stopped(made)
+    assert not relay.waits.being_stopped(other)  # its run is what it ended in
+
+
 @pytest.fixture
 def connected(inside: ModuleType, airflow: FakeAirflow, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The same, with two connections to the test's Airflow."""

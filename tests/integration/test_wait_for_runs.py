@@ -299,6 +299,22 @@ def test_a_run_that_is_being_stopped_runs_again_for_the_next_who_does_not_join_i
     assert not waits.being_stopped(first.id)
 
 
+def test_a_run_that_is_overdue_and_being_stopped_runs_again_for_the_next(relay, airflow, worker, waits):
+    airflow.stops.clear()
+    first = relay.enqueue(request(stop_run=True, wait_timeout_s=0.5))
+    until(lambda: waits.being_stopped(first.id))
+    second = relay.enqueue(again())
+    until(lambda: f"is being stopped, for request {first.id}" in (second.record().reason or ""))
+
+    airflow.stops.set()
+
+    assert until(lambda: second.record().run)["cleared"] is True
+    with pytest.raises(DagRunOverdue, match="set to failed"):
+        first.get(timeout=60)
+    end(airflow, waits, second)
+    assert second.get(timeout=60).state == "success"
+
+
 @pytest.mark.parametrize("stop_run", [False, True])
 def test_who_was_cancelled_and_leaves_its_run_alone_holds_nobody_up(
     stop_run, relay, airflow, worker, waits, parked
@@ -310,10 +326,24 @@ def test_who_was_cancelled_and_leaves_its_run_alone_holds_nobody_up(
     waits.cancel(first.id, "test")
     with pytest.raises(RequestCancelled):
         first.get(timeout=60)
-    until(lambda: not waits.being_stopped(first.id))
 
     second = relay.enqueue(again())
     assert until(lambda: second.record().run)["cleared"] is False
+    end(airflow, waits, second)
+    assert second.get(timeout=60).state == "success"
+
+
+def test_a_run_that_another_has_cleared_since_is_joined_whatever_becomes_of_the_first(
+    relay, airflow, worker, waits
+):
+    airflow.make(*RUN, state="running", note="dagrelay task=gone at=2026-11-30T00:00:00+00:00")
+    waits.learn("gone", stopping=f"{time.time() + 3600:.3f}")
+    clear(airflow)
+
+    second = relay.enqueue(again())
+
+    assert until(lambda: second.record().run)["cleared"] is False
+    assert "is being stopped" not in worker.text().partition(second.id)[2]
     end(airflow, waits, second)
     assert second.get(timeout=60).state == "success"
 

@@ -45,6 +45,10 @@ def test_the_triggerer_ends_what_it_can_end_as_a_worker_would(airflow, tmp_path)
     assert said["refused"] == ["TriggerEvent", {}, [], [8 if airflow == "3" else 3]]
     # Once in a process, before anybody waits for an answer: Airflow 3 makes its triggerer ready by then.
     assert said["asked"] == ([["d", "r", "t", 3]] if airflow == "3" else [])
+    # An end at the deadline counts: it may have waited for the process that deferred the task.
+    ended, over = said["at_the_deadline"]
+    assert ended == ["its outcome", []]
+    assert over == ["TaskDeferralTimeout" if airflow == "3" else "TaskDeferralError", ["cancelled"]]
     # Not run again for want of a result, which Celery keeps for a day.
     late = said["taken_late"]
     assert (late["run"]["state"], late["failed run that may"]["state"]) == ("success", "failed")

@@ -148,6 +148,23 @@ def taken_late(kind: type, given: dict[str, Any], **record: Any) -> Any:
         return f"{type(exc).__name__}: {exc}"
 
 
+def at_the_deadline(**record: Any) -> list[Any]:
+    """Return what becomes of a task whose time to wait is over, and what it cancels."""
+    found: list[str] = []
+    client = SimpleNamespace(record=lambda _: Record("r", **record), redis=None)
+    with DAG("deadline", schedule=None, catchup=False):
+        task = ExternalJobOperator(task_id="t", **JOB)
+    task._reach = lambda: (SimpleNamespace(airflow_name="", flower_url=None), client)
+    task._served_by = lambda *_: "r"
+    task.outcome = lambda *_: "its outcome"
+    task.on_kill = lambda: found.append("cancelled")
+    ti = SimpleNamespace(start_date=None)
+    try:
+        return [task.resume_execution("__fail__", {"error": "Trigger timeout"}, {"ti": ti}), found]
+    except Exception as exc:  # noqa: BLE001 - each Airflow has its own
+        return [type(exc).__name__, found]
+
+
 WAITED = RUN | {"wait_for_completion": True}
 LATE = {
     "run": (RelayTriggerDagRunOperator, WAITED, {"state": "done", "run": RAN}),
@@ -214,6 +231,7 @@ def mapped() -> list[bool]:
 said = {
     "taken_late": {name: taken_late(kind, given, **record) for name, (kind, given, record) in LATE.items()},
     "mapped": mapped(),
+    "at_the_deadline": [at_the_deadline(state=state) for state in ("done", "waiting")],
     "in_triggerer": in_triggerer(),
     "taken": asyncio.run(event(refused=False)),
     "refused": asyncio.run(event(refused=True)),

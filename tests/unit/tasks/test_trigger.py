@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producers.contract import Asked, TriggerRequest
+from producers.contract import Asked, DagRun, TriggerRequest
 from producers.errors import (
     AirflowUnavailable,
     DagNotFound,
@@ -23,11 +23,13 @@ from tasks.airflow.client import DagRunExists, RunView
 from tasks.airflow.connections import read_connections
 from tasks.trigger import (
     BACKOFF_CAP_S,
+    BeingStopped,
     _with_positional,
     backoff_s,
     difference_of,
     names,
     note_for,
+    owner_in,
     start_run,
 )
 
@@ -214,6 +216,64 @@ def test_a_clear_whose_answer_was_lost_is_not_repeated_even_when_the_run_has_end
     airflow.runs["relay__k1"] = replace(airflow.runs["relay__k1"], state="success", start_date=again)
 
     assert start(CLEAR, airflow).cleared
+    assert airflow.cleared == ["relay__k1"]
+
+
+@pytest.mark.parametrize(
+    ("note", "owner"),
+    [
+        (None, None),
+        ("by hand", None),
+        ("dagrelay task=a at=2026-11-30T00:00:00+00:00", "a"),
+        ("dagrelay clear=b was=-\ndagrelay task=a at=2026-11-30T00:00:00+00:00", "b"),
+        ("dagrelay task=a at=x\n\ndagrelay task=c", "a"),  # what follows is the caller's own
+    ],
+)
+def test_the_note_names_whose_run_it_is(note, owner):
+    assert owner_in(note) == owner
+
+
+@pytest.mark.parametrize(
+    ("note", "stopping", "waits"),
+    [
+        ("dagrelay task=a at=x", "a", True),
+        ("dagrelay task=a at=x", "b", False),
+        ("dagrelay clear=b was=-\ndagrelay task=a at=x", "a", False),
+        ("dagrelay clear=b was=-\ndagrelay task=a at=x", "b", True),
+        ("dagrelay clear=t1 was=-\ndagrelay task=a at=x", "t1", False),  # our own clear
+        (None, "a", False),
+    ],
+)
+def test_who_wants_a_run_again_waits_for_the_stop_of_the_request_that_has_it_now(
+    note, stopping, waits, airflow
+):
+    airflow.runs["relay__k1"] = view("relay__k1", conf={"day": 1}, state="running", note=note)
+
+    def ask() -> DagRun:
+        return start_run(
+            CLEAR, task_id="t1", asked=ASKED, airflow=airflow, being_stopped=lambda one: one == stopping
+        )
+
+    if waits:
+        with pytest.raises(BeingStopped, match=f"for request {stopping}"):
+            ask()
+    else:
+        assert ask().state == "running"
+    assert not airflow.cleared
+
+
+def test_a_run_that_was_stopped_while_its_request_was_asked_about_is_cleared(airflow):
+    airflow.runs["relay__k1"] = view(
+        "relay__k1", conf={"day": 1}, state="running", note="dagrelay task=a at=x"
+    )
+
+    def stopped_meanwhile(owner: str) -> bool:
+        airflow.runs["relay__k1"] = replace(airflow.runs["relay__k1"], state="failed")
+        return False
+
+    run = start_run(CLEAR, task_id="t1", asked=ASKED, airflow=airflow, being_stopped=stopped_meanwhile)
+
+    assert run.cleared
     assert airflow.cleared == ["relay__k1"]
 
 
