@@ -14,6 +14,7 @@ OPERATORS = ["BaseOperator", "BaseOperatorLink", "BaseSensorOperator"]
 ERRORS = ["Exception", "FailException", "NotFoundException", "SensorTimeout", "SkipException"]
 EXCEPTIONS = [f"Airflow{name}" for name in ERRORS]
 ALL = {
+    "configuration": ["conf"],
     "exceptions": EXCEPTIONS,
     "utils.timezone": ["parse"],
     "listeners.listener": ["get_listener_manager"],
@@ -37,6 +38,7 @@ HAS = {
     },
     "3.2": {
         "sdk": [*OPERATORS, "BaseHook"],
+        "sdk.configuration": ["conf"],
         "sdk.exceptions": EXCEPTIONS,
         "sdk.timezone": ["parse"],
         "sdk.listener": ["get_listener_manager"],
