@@ -725,7 +725,7 @@ def test_where_each_failure_counts_a_chunk_whose_time_is_over_comes_back_for_the
     worker = start_worker(options=("-I", "hurried"), PYTHONPATH=str(tmp_path))
 
     assert {one.state for one in fan.get(timeout=60)} == {"done"}
-    assert "its next turn" in worker.text()
+    until(lambda: "its next turn" in worker.text())
     assert set(airflow.posts.values()) == {1}
 
 

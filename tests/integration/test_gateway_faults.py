@@ -21,6 +21,7 @@ from local.valkey import Valkey
 from producers.contract import QUEUE_TRIGGERS
 from tests.integration.gateway import DAGRELAY, Answer, GatewayProcess
 from tests.integration.test_gateway import follow, read_events, until
+from tests.standing import stand_still, standing_still
 
 pytestmark = pytest.mark.integration
 
@@ -136,7 +137,7 @@ def test_streams_have_their_number_and_who_goes_gives_a_place(tmp_path):
 def test_while_redis_is_frozen_everybody_hears_so_within_seconds(tmp_path):
     with Valkey() as valkey, GatewayProcess(valkey.url, tmp_path) as gateway:
         path = gateway.run().headers["location"]
-        os.kill(valkey.pid, signal.SIGSTOP)
+        stand_still(valkey.pid)
         try:
 
             def timed(ask) -> float:
@@ -196,11 +197,8 @@ def test_several_processes_share_one_port(tmp_path):
         # One that says nothing for a while, as at its start on a busy machine, is not ended and begun anew.
         pid = gateway.process.pid
         parts = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        for part in parts:
-            os.kill(int(part), signal.SIGSTOP)
-        time.sleep(8)
-        for part in parts:
-            os.kill(int(part), signal.SIGCONT)
+        with standing_still(*map(int, parts)):
+            time.sleep(8)
         assert gateway.ask("GET", "/livez").status == 200
         assert Path(f"/proc/{pid}/task/{pid}/children").read_text().split() == parts
 

@@ -40,7 +40,7 @@ def test_a_message_that_kills_what_runs_it_is_put_aside_after_ten_times(pool, ho
 
     assert relay.redis.llen("died") == 2
     until(lambda: relay.redis.hlen("dagrelay:returned") == 0)
-    assert "11 workers could not end it" in worker.text()
+    until(lambda: "11 workers could not end it" in worker.text())
     assert "11 workers could not end it" in letter.reason
     assert relay.dead.get(letter.id).raw == raw
 

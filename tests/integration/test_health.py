@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from producers.stores.fan_outs import watch_id
 from producers.stores.lines import Lines
 from producers.stores.readings import LOOK_GROUPS
 from tests.fake_airflow import FakeAirflow
+from tests.standing import standing_still
 from tests.worker import Worker
 
 Health = Callable[..., tuple[int, dict[str, Any]]]
@@ -83,15 +82,6 @@ def beat_of(folder: Path) -> dict[str, Any]:
     return found
 
 
-@contextmanager
-def frozen(pid: int) -> Iterator[None]:
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
-
-
 def the_finding(answer: dict[str, Any], what: str) -> dict[str, Any]:
     (found,) = [one for one in answer["findings"] if one["what"] == what]
     assert found["words"]
@@ -111,7 +101,7 @@ def test_a_worker_lives_while_its_loop_turns_and_is_dead_when_it_does_not(start,
     worker = start()
     assert health("--live")[0] == 0
     assert until(lambda: health("--ready")[1]["status"] == "ok", "ready")
-    with frozen(worker.pid):
+    with standing_still(worker.pid):
         told = until(lambda: (found := health("--live", "--within", "3"))[0] and found, "told as dead")
         code, answer = told
         assert code == 1
@@ -271,7 +261,7 @@ def test_what_is_due_and_not_brought_back_is_found(start, health, relay):
     worker = start()
     relay.enqueue(TriggerRequest(dag_id="good"), countdown=2)
     until(lambda: relay.waits.size() == 1, "parked")
-    with frozen(worker.pid):
+    with standing_still(worker.pid):
         answer = until(
             lambda: (
                 {"due", "workers"} <= kinds(found := health("--progress", "--due-late", "1")[1]) and found

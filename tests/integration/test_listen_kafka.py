@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +26,7 @@ from producers.queues.source import Received, SourceUnavailable, Undeliverable
 from tests.fake_airflow import FakeAirflow
 from tests.integration import queue_doors
 from tests.kafka_mock import KafkaMock
+from tests.standing import standing_still
 
 pytestmark = pytest.mark.integration
 
@@ -310,12 +309,8 @@ def test_a_broker_that_is_away_is_unavailable(topic: str) -> None:
         source = KafkaSource.from_url(kafka.url(topic), {})
         source.publish(topic, BODY, correlation_id=None, headers={})
         (held,) = take(source, 1)
-        os.kill(kafka.pid, signal.SIGSTOP)
-        try:
-            with pytest.raises(SourceUnavailable):
-                source.publish("replies", b"{}", correlation_id=None, headers={})
-        finally:
-            os.kill(kafka.pid, signal.SIGCONT)
+        with standing_still(kafka.pid), pytest.raises(SourceUnavailable):
+            source.publish("replies", b"{}", correlation_id=None, headers={})
         source.publish("replies", b"{}", correlation_id=None, headers={})
         source.done([held])
     with pytest.raises(SourceUnavailable):

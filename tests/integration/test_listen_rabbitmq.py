@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
 import struct
 import sys
@@ -33,6 +31,7 @@ from tests.fake_airflow import FakeAirflow
 from tests.integration import queue_doors
 from tests.integration.test_trigger import until
 from tests.parts import need
+from tests.standing import standing_still
 
 pytestmark = pytest.mark.integration
 
@@ -563,16 +562,13 @@ class TestOutages:
         foreign.send(queue)
         (held,) = take(source, 1)
         beam = next(pid for pid in below(broker.process.pid) if "beam" in name_of(pid))
-        os.kill(beam, signal.SIGSTOP)
-        try:
+        with standing_still(beam):
             with pytest.raises(SourceUnavailable):
                 source.publish(queue, b"{}", correlation_id=None, headers={})
             with pytest.raises(SourceUnavailable):
                 source.refuse(held, "no")
             with pytest.raises(SourceUnavailable):
                 listen_for(source, 20)
-        finally:
-            os.kill(beam, signal.SIGCONT)
         assert take_after_outage(source, 1)
         foreign.connection.collect()
 

@@ -27,8 +27,10 @@ from producers.fan_out import fan_out
 from producers.stores.lines import Lines
 from tests.fake_airflow import FakeAirflow
 from tests.fake_service import FakeService
+from tests.integration.test_trigger import until
 from tests.parts import need
 from tests.scraping import Samples, of, page, samples, scrape_until
+from tests.standing import stand_still
 from tests.unit.test_monitoring import dashboard_expressions
 from tests.worker import Worker
 
@@ -212,7 +214,7 @@ def test_of_a_range_each_worker_takes_the_first_free_port_and_all_say_the_same(s
     start("w1", **given)
     start("w2", **given)
     third, _ = start("w3", **given)
-    assert "no metrics are served" in third.text()
+    until(lambda: "no metrics are served" in third.text())
 
     Lines(relay.redis).hold("default", "test")
     pages = [scrape_until(each, lambda found: found.get("dagrelay_workers{}") == 3) for each in ports]
@@ -267,7 +269,7 @@ def test_while_redis_is_away_the_page_says_so_and_comes_back(start, valkey, rela
     _, port = start()
     assert end_of(relay, dag_id="good") == ""
     counted = of(scrape_until(port, lambda found: ended(found) == 1), TRIGGERS)
-    valkey.stop() if how == "stopped" else os.kill(valkey.pid, signal.SIGSTOP)
+    valkey.stop() if how == "stopped" else stand_still(valkey.pid)
     try:
         # Each page within the ten seconds that Prometheus waits for one: `page` waits no longer.
         found = scrape_until(port, lambda found: "dagrelay_redis_up{}" not in found)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -40,6 +38,7 @@ from producers.contract import MAX_CONF_BYTES, QUEUE_TRIGGERS, DagRun
 from producers.settings import ProducerSettings
 from producers.stores.records import KEEP_S, RESULT_PREFIX, record_key, store
 from tests.integration.test_trigger import until
+from tests.standing import standing_still
 from tests.unit.producers.test_contract import BAD
 from tests.unit.producers.test_errors import EXAMPLES, names
 
@@ -157,15 +156,12 @@ def test_a_redis_that_does_not_answer_is_told_soon(use, silent, call):
 
 def test_a_redis_that_falls_silent_with_connections_open_is_told_soon(relay, valkey):
     relay.enqueue(SALES)
-    os.kill(valkey.pid, signal.SIGSTOP)
-    try:
+    with standing_still(valkey.pid):
         for call in (lambda: relay.enqueue(SALES), lambda: relay.enqueue_many([SALES] * 300)):
             began = time.monotonic()
             with pytest.raises(BrokerUnavailable):
                 call()
             assert time.monotonic() - began < BOUND_S
-    finally:
-        os.kill(valkey.pid, signal.SIGCONT)
     assert relay.enqueue(SALES).state == "accepted"
 
 

@@ -18,6 +18,7 @@ from producers.fan_out import fan_out
 from producers.stores.lines import Lines, line_key, slots_key
 from tests.fake_airflow import FakeAirflow
 from tests.integration.test_trigger import until
+from tests.standing import stand_still
 
 
 def requests(count: int, name: str = "k", **fields: Any) -> list[TriggerRequest]:
@@ -343,7 +344,7 @@ def test_slots_of_a_stopped_process_run_out_and_its_late_answers_do_no_harm(
     first = start_worker(name="w1", connections={"default": f"{airflow.conn_uri}/?max_in_flight=2"})
     handles = relay.enqueue_many(requests(30))
     until(lambda: lines.state("default").in_flight == 2)
-    os.kill(first.pid, signal.SIGSTOP)
+    stand_still(first.pid)
     resume = threading.Timer(8, lambda: os.kill(first.pid, signal.SIGCONT))
     resume.start()
     start_worker(name="w2", connections={"default": f"{airflow.conn_uri}/?max_in_flight=2"})

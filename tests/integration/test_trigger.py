@@ -213,7 +213,7 @@ def test_refused_credentials_hold_the_connection_and_the_requests_wait(relay, ai
     handles = [relay.enqueue(TriggerRequest("daily_sales", key=f"k{n}")) for n in range(5)]
     until(lambda: all(handle.state == "waiting" for handle in handles))
 
-    assert "credentials are refused" in worker.text()
+    until(lambda: "credentials are refused" in worker.text())
     assert airflow.password not in worker.text()
     assert airflow.logins <= 5  # those that were on their way when it was found out, and none after
     assert not airflow.runs

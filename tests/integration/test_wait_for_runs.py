@@ -444,7 +444,7 @@ def test_refused_credentials_end_no_waiting(relay, airflow, start_worker, waits,
     airflow.refuse_credentials = airflow.refuse_token = True
     end(airflow, waits, handle)
     until(lambda: "held" in (handle.record().waits_for or ""))
-    assert "its credentials are refused" in worker.text()
+    until(lambda: "its credentials are refused" in worker.text())
     assert airflow.logins <= 6  # one a second finds out, and not each attempt
 
     airflow.refuse_credentials = airflow.refuse_token = False

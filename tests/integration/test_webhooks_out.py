@@ -209,7 +209,7 @@ def test_at_the_end_it_is_a_dead_letter_whose_replay_tells_it_again(relay, start
     assert relay.record(handle.id).state == "done"  # the request is not concerned
     ttl_s = [relay.redis.ttl(key) for key in (record_key(handle.id), dead_key(letter.id))]
     assert ttl_s[0] > ttl_s[1]  # a replay reads in the record what is to be told
-    assert "webhook given up" in worker.text()
+    until(lambda: "webhook given up" in worker.text())
 
     receiver.answer = lambda number, got: (204, {})
     relay.dead.replay(letter.id)

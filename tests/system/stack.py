@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -21,6 +19,7 @@ from local.airflow import Airflow, set_password
 from local.process import ROOT, clean_env, secret_file
 from local.valkey import Valkey
 from tests.accounting import one_end_each
+from tests.standing import standing_still
 from tests.system.proxy import Proxy
 from tests.worker import Worker
 
@@ -123,7 +122,7 @@ class AirflowUnderTest(Airflow):
     @contextmanager
     def frozen_api(self) -> Iterator[None]:
         """Have the API take connections and do nothing; afterwards it goes on where it was."""
-        with standing_still(below(self.processes["api"].pid)):
+        with standing_still(*below(self.processes["api"].pid)):
             yield
 
     @contextmanager
@@ -151,19 +150,6 @@ def below(pid: int) -> list[int]:
     """A process and all that it started, by Linux' own list."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [pid, *(found for child in children for found in below(int(child)))]
-
-
-@contextmanager
-def standing_still(pids: Iterable[int]) -> Iterator[None]:
-    """Have processes stop where they are; afterwards they go on."""
-    pids = list(pids)
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
 
 
 class Stack:
@@ -199,7 +185,7 @@ class Stack:
     @contextmanager
     def unseen(self) -> Iterator[None]:
         """Have no worker look meanwhile: their processes stand still."""
-        with standing_still([worker.pid for worker in self.workers if worker.process.alive]):
+        with standing_still(*(worker.pid for worker in self.workers if worker.process.alive)):
             yield
 
     def publish_raw(self, task_id: str, message: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ def test_tokens_that_expire_or_lose_their_signature_are_renewed_unseen(stack, ai
     assert all(one["run"]["created"] for one in said)
     refused = [call for call in proxy.made() if call.status == 403]
     assert refused
-    assert "logging in again" in worker.text()
+    until(lambda: "logging in again" in worker.text(), "told")
     stale = next(call.authorization for call in reversed(proxy.made()) if call.status == 200)
 
     until(lambda: answer_to(airflow, stale) == 401, "expired by Airflow's own word", every_s=0.5)
@@ -55,7 +55,7 @@ def test_refused_credentials_hold_the_connection_until_the_worker_has_better_one
     held = until(lambda: hold_of(stack), "held, with nothing in flight")
     asked = len(proxy.calls)
     assert held["held_reason"]
-    assert any("held" in line and "ERROR" in line for line in worker.text().splitlines())
+    until(lambda: any("held" in line and "ERROR" in line for line in worker.text().splitlines()), "told")
     status = stack.status(ids[0])
     assert status["state"] == "waiting"
     assert "credentials" in status["waits_for"]
