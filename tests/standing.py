@@ -31,7 +31,7 @@ def stand_still(pid: int) -> None:
     """
     os.kill(pid, signal.SIGSTOP)
     until = time.monotonic() + STANDS_WITHIN_S
-    while any(state not in "Tt" for state in _states(pid)):
+    while any(state not in "TtZX" for state in _states(pid)):  # stopped, or at its end
         assert time.monotonic() < until, f"process {pid} does not stand still"
         time.sleep(0.005)
 
