@@ -240,7 +240,7 @@ def test_answers_lost_while_a_line_is_drained_make_no_second_run(relay, airflow,
 
 @pytest.mark.parametrize("moment", [0.3, 0.6, 0.9])
 def test_a_worker_killed_while_it_drains_leaves_one_run_for_each(relay, airflow, start_worker, moment):
-    airflow.delay_s = 0.03
+    airflow.delay_s = 0.1
     connections = {"default": f"{airflow.conn_uri}/?max_in_flight=4"}
     first = start_worker(name="w1", connections=connections, DAGRELAY_VISIBILITY_TIMEOUT_S="5")
     handles = relay.enqueue_many(requests(300))
@@ -249,6 +249,7 @@ def test_a_worker_killed_while_it_drains_leaves_one_run_for_each(relay, airflow,
     first.kill()
     before = len(airflow.runs)
     assert before < 300, "killed too late to prove anything"
+    airflow.delay_s = 0.01
     start_worker(name="w2", connections=connections, DAGRELAY_VISIBILITY_TIMEOUT_S="5")
 
     runs = ended(handles)

@@ -130,16 +130,23 @@ def test_airflow_killed_while_triggers_arrive_has_each_run_once_when_it_is_back(
 
 
 def test_a_worker_killed_in_the_midst_of_triggers_leaves_one_run_for_each(stack, airflow):
-    worker = stack.start_worker()
+    proxy = stack.proxy()
+    numbers = itertools.count()
+    # Runs that are made, and of which the worker does not hear before its end.
+    proxy.rule = lambda call: "late" if call.makes_run and next(numbers) >= 8 else "pass"
+    conn_uri = proxy.conn_uri(airflow.username, airflow.password)
+    worker = stack.start_worker(conn_uri)
     before = airflow.run_ids("quiet")
     ids = stack.hand_over(*({"dag_id": "quiet", "key": f"worker-{n}"} for n in range(50)))
-    until(lambda: count(stack, "done") >= 8, "in the midst of it", every_s=0.005)
+    until(lambda: count(stack, "done") >= 8, "the first done")
+    until(lambda: any(call.fault == "late" and call.status == 200 for call in proxy.made()), "in the midst")
 
     worker.kill()
+    proxy.rule = lambda call: "pass"
 
     ended = [stack.record(task_id)["state"] == "done" for task_id in ids]
     assert not all(ended), "killed too late to prove anything"
-    stack.start_worker(name="w2")
+    stack.start_worker(conn_uri, name="w2")
     said = stack.outcomes(ids, 90)
     assert [one["run"]["dag_run_id"] for one in said] == [f"relay__worker-{n}" for n in range(50)]
     assert all(one["run"]["created"] for one in said)
