@@ -316,7 +316,8 @@ def _come_back(
         _end_overdue(task, request, run, None)  # nobody knows whether it has ended meanwhile
     if view is None:
         raise DagRunGone(run.dag_id, run.dag_run_id)
-    if view.state == "failed" and found.progress == STOPPING:
+    if view.state == "failed" and found.progress == STOPPING:  # by a worker that died before it could say so
+        waits().stop_is_over(task.request.id)
         raise DagRunOverdue(run.dag_id, run.dag_run_id, request.wait_timeout_s, run.url, True)
     run = replace(run, state=view.state)
     if left_s <= 0 and run.state not in ENDED:

@@ -348,6 +348,18 @@ def test_a_run_that_another_has_cleared_since_is_joined_whatever_becomes_of_the_
     assert second.get(timeout=60).state == "success"
 
 
+def test_a_stop_whose_worker_died_before_it_could_say_so_is_over(relay, airflow, worker, waits, parked):
+    handle = relay.enqueue(request(stop_run=True))
+    parked(handle)
+    waits.learn(handle.id, progress="stopping", stopping=f"{time.time() + 3600:.3f}")
+
+    end(airflow, waits, handle, "failed")
+
+    with pytest.raises(DagRunOverdue, match="set to failed"):
+        handle.get(timeout=60)
+    assert not waits.being_stopped(handle.id)
+
+
 def test_a_stop_that_never_comes_is_not_waited_for_for_ever(relay, airflow, worker, waits):
     airflow.make(*RUN, state="running", note="dagrelay task=gone at=2026-11-30T00:00:00+00:00")
     waits.learn("gone", stopping=f"{time.time() + 3:.3f}")
